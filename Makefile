@@ -1,0 +1,48 @@
+# Every target installs what it needs into a virtual environment, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: train test lint format test-newest test-oldest clean
+
+train: $(INSTALLED)
+	$(BIN)/python -m jaxnorm.training $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n auto $(ARGS)
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto $(ARGS)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable ".[dev]"
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	PIP_CONSTRAINT=constraints-oldest.txt .venv-oldest/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-newest .venv-oldest

@@ -1,0 +1,189 @@
+"""Which axes are features, which are reduced: every check of an argument, and its message.
+
+Every public function calls these checks first, so that nothing is computed from bad input. A message names
+the function, the argument, the rule and the value: ``group_norm: num_groups must divide ...; got ...``.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+Axes = int | Sequence[int]
+AxisNames = Hashable | Sequence[Hashable]
+
+
+def fail(function: str, rule: str, got: dict[str, Any], error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``error`` saying which rule of which function was broken, and by which values."""
+    values = ", ".join(f"{name}={value!r}" for name, value in got.items())
+    raise error(f"{function}: {rule}; got {values}.")
+
+
+def as_input(function: str, name: str, value: Any) -> jax.Array:
+    """``value`` as an array of real or complex floating point numbers."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        rule = f"{name} must have a floating point or complex dtype"
+        fail(function, rule, {"dtype": str(array.dtype)}, TypeError)
+    return array
+
+
+def statistics_dtype(dtype: Any) -> np.dtype:
+    """The dtype of statistics and arithmetic: float32 at least, the input's own where it is wider or complex."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def canonical_axes(function: str, name: str, axes: Axes, ndim: int) -> tuple[int, ...]:
+    """``axes`` as distinct indices in ``[0, ndim)``, in the order given."""
+    try:
+        listed = [operator.index(a) for a in (axes if isinstance(axes, Sequence) else [axes])]
+    except TypeError:
+        fail(function, f"{name} must be an integer or a sequence of integers", {name: axes}, TypeError)
+    if any(not -ndim <= a < ndim for a in listed):
+        fail(function, f"{name} must lie in [{-ndim}, {ndim}), the axes of x", {name: axes, "ndim": ndim})
+    canonical = tuple(a % ndim for a in listed)
+    if len(set(canonical)) != len(canonical):
+        fail(function, f"{name} must not name an axis twice", {name: axes, "ndim": ndim})
+    return canonical
+
+
+def expand(value: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
+    """Lay ``value``, whose dimensions are ``axes`` in that order, along those axes of an array of rank ``ndim``."""
+    value = jnp.transpose(value, np.argsort(axes).tolist())
+    return jnp.expand_dims(value, [a for a in range(ndim) if a not in axes])
+
+
+def extract(value: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Undo `expand`: keep only ``axes``, in that order."""
+    value = jnp.squeeze(value, [a for a in range(value.ndim) if a not in axes])
+    return jnp.transpose(value, np.argsort(np.argsort(axes)).tolist())
+
+
+def check_parameter(function: str, name: str, value: Any, axes: tuple[int, ...], x: jax.Array) -> jax.Array | None:
+    """A per-feature vector (scale, bias, mean, var) laid along its axes of ``x``; None stays None."""
+    if value is None:
+        return None
+    value = as_input(function, name, value)
+    if jnp.iscomplexobj(value) and not jnp.iscomplexobj(x):
+        fail(function, f"{name} must be real where x is", {"dtype": str(value.dtype)}, TypeError)
+    shape = tuple(x.shape[a] for a in axes)
+    if value.shape != shape:
+        rule = f"{name} must have the shape of the feature axes of x, {shape}"
+        fail(function, rule, {"shape": value.shape, "axis": axes, "x_shape": x.shape})
+    dtype = statistics_dtype(x.dtype)
+    if not jnp.iscomplexobj(value):
+        dtype = jnp.finfo(dtype).dtype
+    return expand(value.astype(dtype), axes, x.ndim)
+
+
+def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
+    """``mask`` with the rank of ``x``: boolean, or weights in the dtype of the statistics."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if jnp.iscomplexobj(mask):
+        fail(function, "mask must be boolean or real weights", {"dtype": str(mask.dtype)}, TypeError)
+    aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
+    if len(aligned) != x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
+        fail(function, "mask must broadcast against x", {"mask_shape": mask.shape, "x_shape": x.shape})
+    if mask.dtype != jnp.bool_:
+        mask = mask.astype(jnp.finfo(statistics_dtype(x.dtype)).dtype)
+    return mask.reshape(aligned)
+
+
+def check_number(function: str, name: str, value: Any, low: float, high: float) -> None:
+    """Refuse a ``value`` that is not a real number in ``[low, high]``; one known only when compiled passes."""
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        fail(function, f"{name} must be a real number", {name: value}, TypeError)
+    if not low <= float(value) <= high:
+        fail(function, f"{name} must lie in [{low:g}, {high:g}]", {name: value})
+
+
+def check_epsilon(function: str, epsilon: Any) -> float:
+    """``epsilon`` as a finite, non-negative float."""
+    if isinstance(epsilon, Tracer):
+        fail(function, "epsilon must be a number known when compiling", {"epsilon": epsilon}, TypeError)
+    check_number(function, "epsilon", epsilon, 0.0, float(np.finfo(np.float32).max))
+    return float(epsilon)
+
+
+def check_replicas(
+    function: str, axis_name: AxisNames | None, axis_index_groups: Sequence[Sequence[int]] | None
+) -> tuple[tuple[Hashable, ...], tuple[tuple[int, ...], ...] | None]:
+    """The names of the mapped axes as a tuple, and the groups of replicas as tuples."""
+    if axis_name is None:
+        if axis_index_groups is not None:
+            fail(function, "axis_index_groups needs an axis_name", {"axis_index_groups": axis_index_groups})
+        return (), None
+    names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    try:
+        size = math.prod(lax.axis_size(name) for name in names)
+    except (NameError, KeyError, ValueError, TypeError):
+        rule = "axis_name must name axes bound by shard_map, vmap or pmap around this call"
+        fail(function, rule, {"axis_name": axis_name})
+    if axis_index_groups is None:
+        return names, None
+    try:
+        groups = tuple(tuple(operator.index(i) for i in group) for group in axis_index_groups)
+    except TypeError:
+        rule = "axis_index_groups must be a sequence of sequences of integers"
+        fail(function, rule, {"axis_index_groups": axis_index_groups}, TypeError)
+    if sorted(i for group in groups for i in group) != list(range(size)):
+        rule = f"axis_index_groups must hold each of the {size} replicas of {axis_name!r} once"
+        fail(function, rule, {"axis_index_groups": axis_index_groups})
+    return names, groups
+
+
+def check_batch(
+    function: str,
+    x: jax.Array,
+    axes: tuple[int, ...],
+    axis_name: tuple[Hashable, ...],
+    axis_index_groups: tuple[tuple[int, ...], ...] | None,
+) -> None:
+    """Refuse a batch with one value per feature. None at all is a batch to which nothing happens."""
+    values = math.prod(x.shape[a] for a in axes)
+    replicas = math.prod(lax.axis_size(name) for name in axis_name)
+    if axis_index_groups is not None:
+        replicas = min(map(len, axis_index_groups))
+    if values * replicas == 1:
+        fail(function, "x must hold more than one value per feature", {"x_shape": x.shape, "reduced_axes": axes})
+
+
+def check_example_features(function: str, axis: Axes, x: jax.Array) -> tuple[int, ...]:
+    """Feature axes of a normalization that treats every example by itself: any but the first."""
+    features = canonical_axes(function, "axis", axis, x.ndim)
+    if 0 in features:
+        fail(function, "axis must not be the first axis of x, which is the batch", {"axis": axis, "x_shape": x.shape})
+    return features
+
+
+def check_groups(function: str, num_groups: Any, channels: int) -> None:
+    """``num_groups`` must be a positive divisor of the number of channels."""
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
+        fail(function, "num_groups must be an integer", {"num_groups": num_groups}, TypeError)
+    if num_groups < 1 or channels % num_groups:
+        rule = "num_groups must divide the number of channels"
+        fail(function, rule, {"num_groups": num_groups, "channels": channels})
+
+
+def check_shape(function: str, name: str, shape: Any) -> tuple[int, ...]:
+    """``shape`` as a tuple of non-negative integers."""
+    try:
+        sizes = tuple(operator.index(n) for n in (shape if isinstance(shape, Sequence) else [shape]))
+    except TypeError:
+        fail(function, f"{name} must be an integer or a sequence of integers", {name: shape}, TypeError)
+    if any(n < 0 for n in sizes):
+        fail(function, f"{name} must not be negative", {name: shape})
+    return sizes

@@ -1,0 +1,243 @@
+"""Moments: measured over axes and masks, merged over everything else.
+
+Statistics form a monoid. What is measured on one array is a triple (count, mean, variance); what several arrays
+hold together (channels of a group, replicas, microbatches, a whole data set) is always obtained by *merging* such
+triples, with the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing
+sample variances", 1979), and never by averaging means.
+
+The mean is kept as a pair: a reference point ``center`` near it, and the ``offset`` from there. Values are compared
+with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing.
+"""
+
+import math
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+GATHER_LIMIT = 32
+"""Up to so many replicas exchange their moments in one collective, each in a slot of its own; more of them agree on a
+center first, so that what is exchanged does not grow with their number."""
+
+SLICE = 16
+"""The center is the mean of one part in so many of the data."""
+
+
+class Moments(NamedTuple):
+    """Mean, biased variance and number of values of each feature.
+
+    Attributes:
+      mean: the mean, in the dtype of the statistics.
+      var: the variance about it, divided by ``count`` (not ``count - 1``); real.
+      count: how many values they were measured on, or the sum of their weights; real, in the shape of ``mean``.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class Statistics(NamedTuple):
+    """`Moments` before rounding: the mean is ``center + offset``. All have the rank of the data."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    center: jax.Array
+    offset: jax.Array
+    var: jax.Array
+
+
+class Reduction(NamedTuple):
+    """Which values share their statistics. Hashable, so that it can be static under ``jit``.
+
+    Attributes:
+      axes: the axes that are summed over, in ascending order.
+      channel_groups: (channel axis, number of groups), where neighbouring channels share their statistics.
+      axis_name: the mapped axes over which replicas share theirs.
+      axis_index_groups: which replicas do; None for all of them.
+      centered: False where the mean is fixed at zero (RMS normalization).
+    """
+
+    axes: tuple[int, ...]
+    channel_groups: tuple[int, int] | None = None
+    axis_name: tuple[Hashable, ...] = ()
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    centered: bool = True
+
+
+Total = Callable[..., tuple[jax.Array, ...]]
+"""Sums each of its arguments over the parts that are being merged."""
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """|x|^2, without the square root that ``abs`` takes of a complex number."""
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sum over ``axes``, which stay with size one.
+
+    An array of rank six or more is reduced one run of neighbouring axes at a time, as an array of rank three: jaxlib
+    0.10 and 0.11 crash on reductions of high rank on CPU.
+    """
+    if x.ndim <= 5:
+        return jnp.sum(x, axes, keepdims=True)
+    shape = x.shape
+    for a in sorted(axes, reverse=True):
+        kept = (*shape[:a], 1, *shape[a + 1 :])
+        x = x.reshape(math.prod(shape[:a]), shape[a], -1 if x.size else math.prod(shape[a + 1 :]))
+        x, shape = jnp.sum(x, 1).reshape(kept), kept
+    return x
+
+
+def settle(center: jax.Array) -> jax.Array:
+    """Round ``center`` by one bit, so that it is the same number to all who read it.
+
+    Compilers contract ``x - sum * (1/n)`` to one operation and recompute it where they please: one reader would see the
+    rounded product and another the exact one, a difference that matters where the mean is large. They cannot contract
+    across a loss of precision. Any center near the mean is as good as another.
+    """
+    if jnp.iscomplexobj(center):
+        return lax.complex(settle(center.real), settle(center.imag))
+    info = jnp.finfo(center.dtype)
+    return lax.reduce_precision(center, info.nexp, info.nmant - 1)
+
+
+def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """``weights * values``, zero wherever the weight is, whatever the value."""
+    if weights is None:
+        return values
+    if weights.dtype == jnp.bool_:
+        return jnp.where(weights, values, 0)
+    return jnp.where(weights != 0, weights * values, 0)
+
+
+def divisor(count: jax.Array) -> jax.Array:
+    """``count``, or one where it is zero: what was summed there is zero as well."""
+    return jnp.where(count > 0, count, 1)
+
+
+def count_over(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """How many values of ``x``, or how much weight, each sum over ``axes`` holds."""
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    dtype = jnp.finfo(x.dtype).dtype
+    if weights is None:
+        return jnp.full(kept, math.prod(x.shape[a] for a in axes), dtype)
+    repeats = math.prod(x.shape[a] for a in axes if weights.shape[a] == 1)
+    return jnp.broadcast_to(sum_over(weights.astype(dtype), axes) * repeats, kept)
+
+
+def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Statistics:
+    """The statistics of one array over ``reduction.axes``, shifted by the mean of a slice.
+
+    If the slice is a fraction f of the data, its mean K is never further from the mean than the square root of var / f,
+    so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation: a bound for any data. A
+    weighted slice could be empty, so with weights, or where there is no axis to slice, the slice is everything.
+    """
+    axes = reduction.axes
+    count = count_over(x, weights, axes)
+    if not reduction.centered:
+        zero = jnp.zeros(count.shape, x.dtype)
+        return Statistics(count, zero, zero, sum_over(weigh(abs_sq(x), weights), axes) / divisor(count))
+    if not axes:  # a value by itself is its own mean
+        center = weigh(x, None if weights is None else weights != 0)
+        return Statistics(count, center, jnp.zeros_like(center), jnp.zeros(x.shape, count.dtype))
+
+    part, sliceable = x, [a for a in axes if a > 0]
+    if weights is None and sliceable:
+        length = x.shape[sliceable[0]]
+        width = -(-length // SLICE)
+        start = (length - width) // 2
+        part = lax.slice_in_dim(x, start, start + width, axis=sliceable[0])
+    center = settle(sum_over(weigh(part, weights), axes) / divisor(count_over(part, weights, axes)))
+
+    shifted = x - center if weights is None else jnp.where(weights != 0, x - center, 0)
+    offset = sum_over(weigh(shifted, weights), axes) / divisor(count)
+    second = sum_over(weigh(abs_sq(shifted), weights), axes) / divisor(count)
+    return Statistics(count, center, offset, jnp.maximum(second - abs_sq(offset), 0))
+
+
+def merge(parts: Statistics, total: Total) -> Statistics:
+    """The statistics of all parts together (Chan et al., equation 2.1b), about a common center."""
+    count, center = total(parts.count, parts.count * parts.center)
+    center = settle(center / divisor(count))
+    share = parts.count / divisor(count)
+    shift = (parts.center - center) + parts.offset
+    offset, second = total(share * shift, share * (parts.var + abs_sq(shift)))
+    return Statistics(count, center, offset, jnp.maximum(second - abs_sq(offset), 0))
+
+
+def stack(values: tuple[jax.Array, ...]) -> jax.Array:
+    """All ``values`` in one array, so that one collective serves them."""
+    return jnp.stack(jnp.broadcast_arrays(*values))
+
+
+def unstack(packed: jax.Array, like: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Undo `stack`; what was real there is real again."""
+    return tuple(p if jnp.iscomplexobj(v) else p.real for p, v in zip(packed, like, strict=True))
+
+
+def merge_stacked(parts: Statistics) -> Statistics:
+    """Merge parts that lie along the first axis."""
+    merged = merge(parts, lambda *values: tuple(jnp.sum(v, 0, keepdims=True) for v in values))
+    return Statistics(*(m[0] for m in merged))
+
+
+def total_over_channels(channel_groups: tuple[int, int]) -> Total:
+    """Sums over the channels of a group, given back to each of them."""
+    axis, groups = channel_groups
+
+    def total(*values):
+        def one(v):
+            before, channels, after = math.prod(v.shape[:axis]), v.shape[axis], math.prod(v.shape[axis + 1 :])
+            by_group = v.reshape(before * groups, channels // groups, after)
+            return jnp.broadcast_to(jnp.sum(by_group, 1, keepdims=True), by_group.shape).reshape(v.shape)
+
+        return tuple(map(one, values))
+
+    return total
+
+
+def _slots(packed: jax.Array, slot: jax.Array, slots: int) -> jax.Array:
+    """An array of zeros with ``packed`` in its slot: the sum of such arrays over replicas gathers them."""
+    chosen = jnp.expand_dims(jnp.arange(slots) == slot, range(1, 1 + packed.ndim))
+    return jnp.where(chosen, packed, 0)
+
+
+def _group_numbers(groups: tuple[tuple[int, ...], ...]) -> jax.Array:
+    """The number of the group that each replica is in."""
+    of_replica = {i: number for number, group in enumerate(groups) for i in group}
+    return jnp.array([of_replica[i] for i in range(len(of_replica))])
+
+
+def total_over_replicas(reduction: Reduction) -> Total:
+    """Sums over the replicas of a group, in one collective for all values.
+
+    A group is a choice of slots, which works in every mapped context; jax's own ``axis_index_groups`` does not.
+    """
+    names, groups = reduction.axis_name, reduction.axis_index_groups
+
+    def total(*values):
+        packed = stack(values)
+        if groups is None:
+            return unstack(lax.psum(packed, names), values)
+        own = _group_numbers(groups)[lax.axis_index(names)]
+        return unstack(lax.psum(_slots(packed, own, len(groups)), names)[own], values)
+
+    return total
+
+
+def merge_replicas(local: Statistics, reduction: Reduction) -> Statistics:
+    """The statistics of all replicas of a group: one collective for few of them, two for many."""
+    names, groups = reduction.axis_name, reduction.axis_index_groups
+    size = math.prod(lax.axis_size(name) for name in names)
+    if size > GATHER_LIMIT:
+        return merge(local, total_over_replicas(reduction))
+    index = lax.axis_index(names)
+    gathered = lax.psum(_slots(stack(local), index, size), names)
+    if groups is not None:
+        number = _group_numbers(groups)
+        gathered = jnp.where(jnp.expand_dims(number == number[index], range(1, gathered.ndim)), gathered, 0)
+    parts = Statistics(*unstack(gathered.swapaxes(0, 1), local))
+    return merge_stacked(parts)

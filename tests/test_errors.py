@@ -1,0 +1,151 @@
+"""Bad input: an error that names the function, the argument, the rule and the value, before anything is computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm
+from jaxnorm import Moments
+
+X = np.ones((4, 5, 8), np.float32)
+RUNNING = jaxnorm.init_running(8)
+BATCH = Moments(*(jnp.ones(8),) * 3)
+MAPPED = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+
+
+def call(name, x=X, **kwargs):
+    if name == "group_norm":
+        kwargs = {"num_groups": 2, **kwargs}
+    if name == "normalize":
+        kwargs = {"mean": np.zeros(8, np.float32), "var": np.ones(8, np.float32), **kwargs}
+    return getattr(jaxnorm, name)(x, **kwargs)
+
+
+COMMON = [
+    (TypeError, {"x": X.astype(np.int32)}, "x", "int32"),
+    (TypeError, {"x": X > 0}, "x", "bool"),
+    (ValueError, {"axis": 3}, "axis", "3"),
+    (ValueError, {"axis": -4}, "axis", "-4"),
+    (TypeError, {"axis": 1.5}, "axis", "1.5"),
+    (TypeError, {"axis": "channels"}, "axis", "channels"),
+    (ValueError, {"epsilon": -1e-3}, "epsilon", "-0.001"),
+    (ValueError, {"epsilon": float("nan")}, "epsilon", "nan"),
+    (ValueError, {"epsilon": float("inf")}, "epsilon", "inf"),
+    (TypeError, {"epsilon": "small"}, "epsilon", "small"),
+    (TypeError, {"epsilon": None}, "epsilon", "None"),
+    (ValueError, {"scale": np.ones(7, np.float32)}, "scale", r"\(7,\)"),
+    (ValueError, {"scale": np.ones((1, 1, 8), np.float32)}, "scale", r"\(1, 1, 8\)"),
+    (TypeError, {"scale": np.ones(8, np.int32)}, "scale", "int32"),
+    (TypeError, {"scale": np.ones(8, np.complex64)}, "scale", "complex64"),
+]
+BIASED = [(ValueError, {"bias": np.ones((8, 1), np.float32)}, "bias", r"\(8, 1\)")]
+MASKED = [
+    (ValueError, {"mask": np.ones((4, 5), bool)}, "mask", r"\(4, 5\)"),
+    (ValueError, {"mask": np.ones((1, 4, 5, 8), bool)}, "mask", r"\(1, 4, 5, 8\)"),
+    (TypeError, {"mask": np.ones(8, np.complex64)}, "mask", "complex64"),
+]
+SEVERAL = [(ValueError, {"axis": (1, 1)}, "axis", r"\(1, 1\)"), (ValueError, {"axis": (2, -1)}, "axis", r"\(2, -1\)")]
+EXAMPLES = [(ValueError, {"axis": 0}, "axis", "0")]
+REPLICAS = [
+    (ValueError, {"axis_name": "nowhere"}, "axis_name", "nowhere"),
+    (ValueError, {"axis_name": ("data", "nowhere")}, "axis_name", "nowhere"),
+    (ValueError, {"axis_index_groups": [[0, 1]]}, "axis_index_groups", r"\[\[0, 1\]\]"),
+]
+CASES = {
+    "batch_norm": [
+        *COMMON, *BIASED, *MASKED, *SEVERAL, *REPLICAS,
+        (ValueError, {"x": X[:1, :1]}, "x", r"\(1, 1, 8\)"),
+        (ValueError, {"axis": (0, 1, 2)}, "x", r"\(4, 5, 8\)"),
+    ],
+    "layer_norm": [*COMMON, *BIASED, *MASKED, *SEVERAL],
+    "rms_norm": [*COMMON, *MASKED, *SEVERAL],
+    "instance_norm": [*COMMON, *BIASED, *MASKED, *SEVERAL, *EXAMPLES],
+    "group_norm": [
+        *COMMON, *BIASED, *MASKED, *EXAMPLES,
+        (ValueError, {"axis": (1, 2)}, "axis", r"\(1, 2\)"),
+        (ValueError, {"num_groups": 5}, "num_groups", "num_groups=5, channels=8"),
+        (ValueError, {"num_groups": 0}, "num_groups", "0"),
+        (ValueError, {"num_groups": -2}, "num_groups", "-2"),
+        (ValueError, {"num_groups": 16}, "num_groups", "16"),
+        (TypeError, {"num_groups": 2.0}, "num_groups", "2.0"),
+        (TypeError, {"num_groups": True}, "num_groups", "True"),
+    ],
+    "normalize": [
+        *COMMON, *BIASED, *SEVERAL,
+        (ValueError, {"mean": np.zeros(3, np.float32)}, "mean", r"\(3,\)"),
+        (ValueError, {"var": np.zeros(3, np.float32)}, "var", r"\(3,\)"),
+        (TypeError, {"mean": None}, "mean", "None"),
+    ],
+    "moments": [
+        *MASKED, *REPLICAS,
+        (TypeError, {"x": X.astype(int)}, "x", "int"),
+        (ValueError, {"axes": 3}, "axes", "3"),
+        (ValueError, {"axes": (0, 0)}, "axes", r"\(0, 0\)"),
+        (TypeError, {"axes": None}, "axes", "None"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases], ids=lambda c: str(c)[:60]
+)
+def test_message(name, case):
+    error, kwargs, argument, value = case
+    kwargs = {"axes": 0, **kwargs} if name == "moments" else kwargs
+    with pytest.raises(error, match=rf"(?s)^{name}: .*{argument}.*; got .*{value}") as caught:
+        call(name, **kwargs)
+    assert type(caught.value) is error
+
+
+def test_nothing_is_computed_before_the_check():
+    with jax.checking_leaks(), pytest.raises(ValueError, match="num_groups"):
+        jax.eval_shape(lambda x: jaxnorm.group_norm(x, num_groups=5), X)
+
+
+UPDATES = [
+    (ValueError, {"alpha": -0.1}, "alpha", "-0.1"),
+    (ValueError, {"alpha": 1.01}, "alpha", "1.01"),
+    (ValueError, {"alpha": float("nan")}, "alpha", "nan"),
+    (ValueError, {"alpha": np.float32(2)}, "alpha", "2.0"),
+    (TypeError, {"alpha": "0.1"}, "alpha", "0.1"),
+    (TypeError, {"alpha": True}, "alpha", "True"),
+    (ValueError, {"batch": Moments(*(jnp.ones(7),) * 3)}, "batch", r"\(7,\)"),
+]
+
+
+@pytest.mark.parametrize("case", UPDATES, ids=lambda c: str(c)[:60])
+def test_update_running(case):
+    error, kwargs, argument, value = case
+    with pytest.raises(error, match=rf"^update_running: .*{argument}.*; got .*{value}"):
+        jaxnorm.update_running(RUNNING, kwargs.pop("batch", BATCH), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("error", "features", "dtype"),
+    [(ValueError, -1, "float32"), (TypeError, 2.5, "float32"), (TypeError, "ab", "float32"), (ValueError, 3, "int32")],
+)
+def test_init_running(error, features, dtype):
+    with pytest.raises(error, match=r"^init_running: .*; got "):
+        jaxnorm.init_running(features, dtype=dtype)
+
+
+def test_merge_moments():
+    with pytest.raises(ValueError, match=r"^merge_moments: .*; got .*\(7,\)"):
+        jaxnorm.merge_moments(BATCH, Moments(*(jnp.ones(7),) * 3))
+
+
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0, 1], [1, 2, 3]], [[0, 1], [2, 4]], [[0, 1, 2, 3, 4]]])
+def test_groups_that_are_no_partition(groups):
+    with pytest.raises(ValueError, match=r"^batch_norm: axis_index_groups .*; got "):
+        jax.vmap(lambda x: jaxnorm.batch_norm(x, axis_name="r", axis_index_groups=groups)[0], axis_name="r")(X)
+
+
+def test_one_value_a_replica_is_a_batch():
+    batch = jax.vmap(lambda x: jaxnorm.batch_norm(x[None], axis_name="r")[1], axis_name="r")(X[:, 0])
+    assert batch.count.tolist() == [[4] * 8] * 4
+    alone = jax.vmap(
+        lambda x: jaxnorm.batch_norm(x[None], axis_name="r", axis_index_groups=[[0], [1, 2, 3]])[0], axis_name="r"
+    )
+    with pytest.raises(ValueError, match="more than one value"):
+        alone(X[:, 0])

@@ -1,0 +1,183 @@
+"""Statistics are exact for any mean: plain, masked, and over replicas with unequal counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm
+
+KAPPAS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]
+SHAPES = [(4096, 8), (32, 56, 56, 8)]
+VALID_ROWS = np.array([8, 4, 2, 1])  # of every eight, on each of four replicas
+
+
+def draw(rng, shape, kappa):
+    """float32 N(kappa, 1); what the oracle sees is what was rounded to float32."""
+    return (rng.standard_normal(shape) + kappa).astype(np.float32)
+
+
+def exact(x, axes, weights=None):
+    """Two passes in float64."""
+    x = x.astype(np.float64)
+    w = np.ones(x.shape) if weights is None else np.broadcast_to(weights, x.shape).astype(np.float64)
+    n = w.sum(axes, keepdims=True)
+    mean = (w * x).sum(axes, keepdims=True) / n
+    return mean, (w * (x - mean) ** 2).sum(axes, keepdims=True) / n
+
+
+def check(x, y, axes, weights=None, epsilon=1e-5):
+    mean, var = exact(x, axes, weights)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + epsilon), rtol=0, atol=2e-6)
+    return mean.squeeze(axes), var.squeeze(axes)
+
+
+def masks(rng, shape):
+    column = (*shape[:-1], 1)
+    return {"plain": None, "boolean": rng.random(column) < 0.3, "weights": rng.random(column).astype(np.float32)}
+
+
+@pytest.mark.parametrize("mask", ["plain", "boolean", "weights"])
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_norm(rng, shape, kappa, mask):
+    x, mask = draw(rng, shape, kappa), masks(rng, shape)[mask]
+    axes = tuple(range(len(shape) - 1))
+    y, batch = jax.jit(jaxnorm.batch_norm)(x, mask=mask)
+    mean, var = check(x, y, axes, mask)
+    np.testing.assert_allclose(batch.var, var, rtol=1e-6)
+    np.testing.assert_allclose(batch.mean, mean, rtol=1e-7, atol=1e-7)
+
+    running = jaxnorm.init_running(8)
+    for _ in range(3):
+        running = jaxnorm.update_running(running, batch, alpha=0.5)
+    np.testing.assert_allclose(running.mean, 0.875 * mean, rtol=5e-7, atol=1e-7)
+    np.testing.assert_allclose(running.var, 0.125 + 0.875 * var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1, 2]]], ids=["all", "groups"])
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_norm_over_replicas(rng, shape, kappa, groups):
+    x = draw(rng, shape, kappa)
+    rows = shape[0] // 4
+    valid = (np.arange(rows) % 8 < VALID_ROWS[:, None]).reshape(shape[0], *(1,) * (len(shape) - 1))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+
+    def step(x, mask):
+        y, batch = jaxnorm.batch_norm(x, mask=mask, axis_name="data", axis_index_groups=groups)
+        return y, jax.tree.map(lambda m: m[None], batch)
+
+    data = P("data")
+    y, batch = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(data, data), out_specs=data))(x, valid)
+    for group in groups or [range(4)]:
+        members = np.concatenate([np.arange(rows) + r * rows for r in group])
+        mean, var = check(x[members], np.asarray(y)[members], tuple(range(len(shape) - 1)), valid[members])
+        for r in group:
+            np.testing.assert_allclose(batch.var[r], var, rtol=1e-6)
+            np.testing.assert_allclose(batch.mean[r], mean, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("replicas", [4, 40], ids=["gathered", "two-stage"])
+def test_replicas_with_means_far_apart(rng, replicas, kappa):
+    x = draw(rng, (replicas, 64, 3), 0) + kappa * np.arange(replicas, dtype=np.float32).reshape(-1, 1, 1)
+    y, batch = jax.vmap(lambda x: jaxnorm.batch_norm(x, axis_name="r"), axis_name="r", out_axes=(0, None))(x)
+    _, var = check(x, y, (0, 1))
+    np.testing.assert_allclose(batch.var, var, rtol=1e-6)
+
+
+OTHERS = {
+    "layer": (jaxnorm.layer_norm, (-1,)),
+    "group": (lambda x, **kw: jaxnorm.group_norm(x, num_groups=4, **kw), None),
+    "instance": (jaxnorm.instance_norm, None),
+}
+
+
+@pytest.mark.parametrize("mask", ["plain", "boolean", "weights"])
+@pytest.mark.parametrize("kappa", KAPPAS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_norms(rng, name, kappa, mask):
+    shape = (8, 56, 56, 64) if name == "layer" else (32, 56, 56, 8)
+    x = draw(rng, shape, kappa)
+    mask = {"plain": None, "boolean": rng.random(shape) < 0.5, "weights": rng.random(shape).astype(np.float32)}[mask]
+    y = jax.jit(OTHERS[name][0])(x, mask=mask)
+    if name == "layer":
+        check(x, y, (-1,), mask, 1e-6)
+    elif name == "instance":
+        check(x, y, (1, 2), mask, 1e-6)
+    else:
+        grouped = (*shape[:-1], 4, 2)
+        mask = None if mask is None else mask.reshape(grouped)
+        check(x.reshape(grouped), np.asarray(y).reshape(grouped), (1, 2, 4), mask, 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "mean", "std"), [("float16", 0, 300), ("bfloat16", 50, 1)])
+def test_half_precision_is_one_rounding(rng, dtype, mean, std):
+    x = jnp.asarray(mean + std * rng.standard_normal((4096, 8)), dtype)
+    y, batch = jaxnorm.batch_norm(x)
+    exact_x = np.asarray(x, np.float64)
+    center, var = exact(exact_x, (0,))
+    expected = (exact_x - center) / np.sqrt(var + 1e-5)
+    ulp = float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(np.abs(expected) + 1e-30))
+    assert (np.abs(np.asarray(y, np.float64) - expected) <= 0.5 * ulp + 2e-6).all()
+    assert y.dtype == dtype
+    assert batch.var.dtype == jnp.float32
+    np.testing.assert_allclose(batch.var, var[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e6])
+def test_slice_unlike_the_rest(rng, outlier):
+    """The bound holds for any data: here the slice that gives the center is far from everything else."""
+    x = draw(rng, (8, 32, 32, 4), 0)
+    x[:, 15:17] += np.float32(outlier)
+    y, batch = jaxnorm.batch_norm(x)
+    mean, var = exact(x, (0, 1, 2))
+    expected = (x - mean) / np.sqrt(var + 1e-5)
+    # The slice is 1/16 of the data: its mean is at most 4 deviations off, the square of the offset 16 variances. So the
+    # variance loses 17 roundings, rstd half as many; shifting there and back by 4 deviations takes four more.
+    peak = np.abs(expected).max()
+    np.testing.assert_allclose(y, expected, rtol=0, atol=(17 / 2 * peak + 4 * (4 + peak)) * 2.0**-24)
+    np.testing.assert_allclose(batch.var, var[0, 0, 0], rtol=(1 + 16) * 2.0**-24)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e6, -3.3e5, 1e-30, 1e18])
+def test_constant_features(value):
+    y, batch = jaxnorm.batch_norm(jnp.full((64, 9, 3), value))
+    np.testing.assert_allclose(batch.var, 0, atol=(1e-6 * value) ** 2)
+    assert np.abs(np.asarray(y)).max() <= 1e-3
+    assert np.isfinite(np.asarray(y)).all()
+
+
+def test_merge_moments_of_any_counts(rng):
+    parts = [draw(rng, (n, 5), 1e5) for n in (1, 7, 0, 300, 2)]
+    merged = jaxnorm.moments(parts[0], 0)
+    for part in parts[1:]:
+        merged = jaxnorm.merge_moments(merged, jaxnorm.moments(part, 0))
+    mean, var = exact(np.concatenate(parts), (0,))
+    np.testing.assert_allclose(merged.mean, mean[0], rtol=2e-7)
+    np.testing.assert_allclose(merged.var, var[0], rtol=1e-3)  # a mean stored in float32 is 2^-24 * 1e5 off
+    np.testing.assert_array_equal(merged.count, 310)
+
+
+def test_merge_moments_neutral_element(rng):
+    some = jaxnorm.moments(draw(rng, (100, 5), 1e4), 0)
+    nothing = jaxnorm.Moments(jnp.full(5, jnp.nan), jnp.full(5, jnp.inf), jnp.zeros(5))
+    for merged in (jaxnorm.merge_moments(some, nothing), jaxnorm.merge_moments(nothing, some)):
+        for a, b in zip(merged, some, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-7)
+    for m in jaxnorm.merge_moments(nothing, nothing):
+        np.testing.assert_array_equal(m, 0)
+
+
+def test_oracles_agree(rng):
+    """The oracle used above and the labels of `oracles` agree with each other."""
+    x = draw(rng, (6, 5, 4), 10)
+    labels = oracles.labels_of("batch", x.shape)
+    mean, var, count = oracles.statistics(x, labels)
+    reference = exact(x, (0, 1))
+    np.testing.assert_allclose(mean, reference[0].ravel())
+    np.testing.assert_allclose(var, reference[1].ravel())
+    np.testing.assert_array_equal(count, 30)
