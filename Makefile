@@ -16,7 +16,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -31,17 +31,17 @@ test-oldest: .venv-oldest/installed
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --editable ".[dev]"
 	touch $@
 
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --editable ".[dev]"
+	.venv-newest/bin/python -m pip install -qq --upgrade --editable ".[dev]"
 	touch $@
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	PIP_CONSTRAINT=constraints-oldest.txt .venv-oldest/bin/python -m pip install --quiet --editable ".[dev]"
+	PIP_CONSTRAINT=constraints-oldest.txt .venv-oldest/bin/python -m pip install -qq --editable ".[dev]"
 	touch $@
 
 clean:
