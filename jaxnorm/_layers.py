@@ -1,9 +1,13 @@
-"""What the Linen and the NNX layers share: Flax's conventions, in terms of the pure functions."""
+"""What the Linen and the NNX layers share: Flax's conventions, in terms of the engine."""
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxnorm import _axes, _rule
 from jaxnorm._axes import Axes, AxisNames
@@ -11,9 +15,93 @@ from jaxnorm._batch_norm import RunningStats, batch_reduction, update_running
 from jaxnorm._moments import Reduction
 
 
+class Replicas(NamedTuple):
+    """Who is normalized together; nobody while initializing, when no mapped axis needs to exist."""
+
+    axis_name: AxisNames | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+
+
+def as_input(x: Any) -> jax.Array:
+    """The input of a layer as an array; integers become float32, as in Flax."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
 def sorted_axes(function: str, name: str, axes: Axes, ndim: int) -> tuple[int, ...]:
-    """``axes`` as Flax takes them: in ascending order, whatever the order given."""
-    return tuple(sorted(_axes.canonical_axes(function, name, axes, ndim)))
+    """``axes`` as Flax takes them: in ascending order and once each, whatever was given."""
+    listed = axes if isinstance(axes, Sequence) else [axes]
+    canonical = {_axes.canonical_axes(function, name, a, ndim)[0] for a in listed}
+    return tuple(sorted(canonical))
+
+
+def check_features(function: str, shape: tuple[int, ...], built_for: tuple[int, ...]) -> None:
+    """An input must have the features that the layer was built for."""
+    if shape != built_for:
+        rule = "x must have the features that the layer was built for"
+        _axes.fail(function, rule, {"features": shape, "built_for": built_for})
+
+
+def check_given(function: str, name: str, value: bool | None) -> bool:
+    """A setting that must be given at construction or in the call."""
+    if value is None:
+        _axes.fail(function, f"{name} must be given at construction or in the call", {name: value})
+    return value
+
+
+def group_count(function: str, num_groups: int | None, group_size: int | None, channels: int) -> int:
+    """How many groups: exactly one of ``num_groups`` and ``group_size`` says so."""
+    if (num_groups is None) == (group_size is None):
+        rule = "one of num_groups and group_size must be given, the other None"
+        _axes.fail(function, rule, {"num_groups": num_groups, "group_size": group_size})
+    if group_size is not None:
+        if group_size < 1 or channels % group_size:
+            rule = "group_size must divide the number of channels"
+            _axes.fail(function, rule, {"group_size": group_size, "channels": channels})
+        num_groups = channels // group_size
+    _axes.check_groups(function, num_groups, channels)
+    return int(num_groups or 0)
+
+
+def group_axes(function: str, channel: int, reduction_axes: Axes | None, ndim: int) -> tuple[int, ...]:
+    """The axes that group normalization reduces besides that of the channels: all but the first, unless given."""
+    if reduction_axes is None:
+        return tuple(a for a in range(1, ndim) if a != channel)
+    axes = sorted_axes(function, "reduction_axes", reduction_axes, ndim)
+    if channel not in axes:
+        rule = f"reduction_axes must include the channel axis, {channel}"
+        _axes.fail(function, rule, {"reduction_axes": reduction_axes})
+    return tuple(a for a in axes if a != channel)
+
+
+def instance_axes(function: str, features: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The axes that instance normalization reduces: all but the first and the features."""
+    if 0 in features:
+        _axes.fail(function, "feature_axes must not include the first axis, the batch", {"feature_axes": features})
+    return tuple(a for a in range(1, ndim) if a not in features)
+
+
+def normalize(
+    function: str,
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    features: tuple[int, ...],
+    axes: tuple[int, ...],
+    replicas: Replicas,
+    epsilon: float,
+    mask: Any,
+    dtype: Any,
+    channel_groups: tuple[int, int] | None = None,
+    centered: bool = True,
+) -> jax.Array:
+    """The output of a layer that normalizes by the statistics of its input over ``axes``."""
+    names, groups = _axes.check_replicas(function, *replicas)
+    reduction = Reduction(axes, channel_groups, names, groups, centered)
+    return _rule.normalize_by_own(
+        function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask, dtype=dtype
+    )[0]
 
 
 def batch_norm(
@@ -24,34 +112,51 @@ def batch_norm(
     *,
     features: tuple[int, ...],
     use_running_average: bool,
+    update_running_average: bool | None,
+    initializing: bool,
     momentum: float | None,
+    unbiased: bool,
+    replicas: Replicas,
     epsilon: float,
-    axis_name: AxisNames | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
     mask: Any,
     dtype: Any,
-    initializing: bool,
-) -> tuple[jax.Array, RunningStats]:
-    """The output of a batch normalization layer and its new running averages.
+) -> tuple[jax.Array, RunningStats | None]:
+    """The output of a batch normalization layer, and its new running averages if they change.
 
-    While initializing, the batch may be of any size, no replicas need exist and nothing is averaged.
+    While initializing nothing is averaged, and the batch may be of any size.
     """
     function = "BatchNorm"
-    x = _axes.as_input(function, "x", x)
+    if momentum is not None:
+        _axes.check_number(function, "momentum", momentum, 0.0, 1.0)
+    update = not use_running_average if update_running_average is None else update_running_average
+    update = update and not initializing
+    if initializing or (use_running_average and not update):  # nothing is shared with anybody
+        reduction = Reduction(tuple(a for a in range(x.ndim) if a not in features))
+    else:
+        reduction = batch_reduction(function, x, features, *replicas)
+
     if use_running_average:
+        if not initializing:
+            warn_if_never_updated(running)
         y = _rule.normalize_by_given(
             function, x, running.mean, running.var, scale, bias, features=features, epsilon=epsilon, dtype=dtype
         )
-        return y, running
-    if initializing:
-        reduction = Reduction(tuple(a for a in range(x.ndim) if a not in features))
+        batch = _rule.moments(x, _axes.check_mask(function, mask, x), reduction) if update else None
     else:
-        reduction = batch_reduction(function, x, features, axis_name, axis_index_groups)
-    y, batch = _rule.normalize_by_own(
-        function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask, dtype=dtype
-    )
-    if initializing:
-        return y, running
-    batch = jax.tree.map(lambda m: _axes.extract(m, features), batch)
+        y, batch = _rule.normalize_by_own(
+            function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask, dtype=dtype
+        )
+    if batch is None or not update:
+        return y, None
+    batch = jax.tree.map(lambda m: jax.lax.stop_gradient(_axes.extract(m, features)), batch)
     alpha = None if momentum is None else 1 - momentum
-    return y, update_running(running, batch, alpha=alpha)
+    return y, update_running(running, batch, alpha=alpha, unbiased=unbiased)
+
+
+def warn_if_never_updated(running: RunningStats) -> None:
+    """Warn of averages that are still those of initialization, where their values can be seen: outside of ``jit``."""
+    if isinstance(running.mean, Tracer) or isinstance(running.var, Tracer):
+        return
+    if np.all(np.asarray(running.mean) == 0) and np.all(np.asarray(running.var) == 1):
+        message = "BatchNorm: the running averages in use were never updated; the input passes almost unchanged."
+        warnings.warn(message, stacklevel=2)
