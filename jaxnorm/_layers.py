@@ -42,6 +42,11 @@ def check_features(function: str, shape: tuple[int, ...], built_for: tuple[int, 
         _axes.fail(function, rule, {"features": shape, "built_for": built_for})
 
 
+def first_given(*values: bool | None) -> bool | None:
+    """The first of ``values`` that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
 def check_given(function: str, name: str, value: bool | None) -> bool:
     """A setting that must be given at construction or in the call."""
     if value is None:
@@ -108,7 +113,7 @@ def batch_norm(
     x: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    running: RunningStats,
+    averages: Sequence[jax.Array],
     *,
     features: tuple[int, ...],
     use_running_average: bool,
@@ -123,9 +128,12 @@ def batch_norm(
 ) -> tuple[jax.Array, RunningStats | None]:
     """The output of a batch normalization layer, and its new running averages if they change.
 
-    While initializing nothing is averaged, and the batch may be of any size.
+    ``averages`` are mean, variance and, where momentum is None, count. While initializing nothing is averaged, and the
+    batch may be of any size.
     """
     function = "BatchNorm"
+    mean, var, *count = averages
+    running = RunningStats(mean, var, count[0] if count else jnp.zeros_like(var))
     if momentum is not None:
         _axes.check_number(function, "momentum", momentum, 0.0, 1.0)
     update = not use_running_average if update_running_average is None else update_running_average

@@ -25,7 +25,6 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from jaxnorm import _layers
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._batch_norm import RunningStats
 
 Groups = Sequence[Sequence[int]]
 Initializer = nn.initializers.Initializer
@@ -165,22 +164,18 @@ class BatchNorm(_Layer):
         x = _layers.as_input(x)
         features = _layers.sorted_axes("BatchNorm", "axis", self.axis, x.ndim)
         shape = tuple(x.shape[a] for a in features)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        _layers.check_features("BatchNorm", shape, jnp.shape(mean.value))
-        counted = self.momentum is None
-        count = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.float32) if counted else None
+        start = {"mean": jnp.zeros, "var": jnp.ones} | ({"count": jnp.zeros} if self.momentum is None else {})
+        averages = [self.variable("batch_stats", name, init, shape, jnp.float32) for name, init in start.items()]
+        _layers.check_features("BatchNorm", shape, jnp.shape(averages[0].value))
         scale, bias = self._parameters(shape, trainable)
         y, running = _layers.batch_norm(
             x,
             scale,
             bias,
-            RunningStats(mean.value, var.value, count.value if count else jnp.zeros(shape)),
+            [average.value for average in averages],
             features=features,
             use_running_average=bool(use_running),
-            update_running_average=(
-                self.update_running_average if update_running_average is None else update_running_average
-            ),
+            update_running_average=_layers.first_given(update_running_average, self.update_running_average),
             initializing=self.is_initializing(),
             momentum=self.momentum,
             unbiased=self.unbiased,
@@ -189,10 +184,8 @@ class BatchNorm(_Layer):
             mask=mask,
             dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
         )
-        if running:
-            mean.value, var.value = running.mean, running.var
-            if count:
-                count.value = running.count
+        for average, new in zip(averages, running or (), strict=False):
+            average.value = new
         return y
 
 

@@ -28,7 +28,6 @@ from flax.nnx.nn.initializers import ones_init, zeros_init
 
 from jaxnorm import _layers
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._batch_norm import RunningStats
 
 Groups = Sequence[Sequence[int]]
 Metadata = Mapping[str, Any]
@@ -231,24 +230,20 @@ class BatchNorm(_Layer):
         Raises:
           ValueError: the features are not those the layer was built for, or a batch holds one value per feature.
         """
-        use_running = self.use_running_average if use_running_average is None else use_running_average
+        use_running = _layers.first_given(use_running_average, self.use_running_average)
         use_running = _layers.check_given("BatchNorm", "use_running_average", use_running)
         features = _layers.sorted_axes("BatchNorm", "axis", self.axis, jnp.ndim(x))
         shape = tuple(x.shape[a] for a in features)
-        counted = self.momentum is None
-        stored = (self.mean, self.var, self.count) if counted else (self.mean, self.var)
+        averages = [self.mean, self.var] + ([self.count] if self.momentum is None else [])
         x, scale, bias, dtype = self._promoted(x, shape, trainable, self.mean[...], self.var[...])
-        mean, var, *count = (self._fit(s[...], shape) for s in stored)
         y, running = _layers.batch_norm(
             x,
             scale,
             bias,
-            RunningStats(mean, var, count[0] if counted else jnp.zeros(shape)),
+            [self._fit(average[...], shape) for average in averages],
             features=features,
             use_running_average=use_running,
-            update_running_average=(
-                self.update_running_average if update_running_average is None else update_running_average
-            ),
+            update_running_average=_layers.first_given(update_running_average, self.update_running_average),
             initializing=False,
             momentum=self.momentum,
             unbiased=self.unbiased,
@@ -257,9 +252,8 @@ class BatchNorm(_Layer):
             mask=mask,
             dtype=dtype,
         )
-        if running:
-            for variable, new in zip(stored, running, strict=False):
-                variable[...] = new.reshape(self._shape)
+        for average, new in zip(averages, running or (), strict=False):
+            average[...] = new.reshape(self._shape)
         return y
 
     def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
