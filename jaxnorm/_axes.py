@@ -26,24 +26,42 @@ def fail(function: str, rule: str, got: dict[str, Any], error: type[Exception] =
     raise error(f"{function}: {rule}; got {values}.")
 
 
+def as_array(function: str, name: str, value: Any) -> jax.Array:
+    """``value`` as an array of whatever dtype it has."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        fail(function, f"{name} must be an array", {name: value}, TypeError)
+
+
 def as_input(function: str, name: str, value: Any) -> jax.Array:
     """``value`` as an array of real or complex floating point numbers."""
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        rule = f"{name} must have a floating point or complex dtype"
+    array = as_array(function, name, value)
+    if not jnp.issubdtype(array.dtype, jnp.inexact) or jnp.finfo(array.dtype).bits < 16:
+        rule = f"{name} must have a floating point or complex dtype of 16 bits or more"
         fail(function, rule, {"dtype": str(array.dtype)}, TypeError)
     return array
 
 
 def statistics_dtype(dtype: Any) -> np.dtype:
     """The dtype of statistics and arithmetic: float32 at least, the input's own where it is wider or complex."""
-    return jnp.promote_types(dtype, jnp.float32)
+    info = jnp.finfo(dtype)
+    return np.dtype(dtype if info.bits >= 32 else jnp.float32)
+
+
+def _index(value: Any) -> int:
+    """An integer, which a bool is not."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def canonical_axes(function: str, name: str, axes: Axes, ndim: int) -> tuple[int, ...]:
     """``axes`` as distinct indices in ``[0, ndim)``, in the order given."""
     try:
-        listed = [operator.index(a) for a in (axes if isinstance(axes, Sequence) else [axes])]
+        listed = [_index(a) for a in (axes if isinstance(axes, Sequence) else [axes])]
     except TypeError:
         fail(function, f"{name} must be an integer or a sequence of integers", {name: axes}, TypeError)
     if any(not -ndim <= a < ndim for a in listed):
@@ -87,13 +105,15 @@ def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
     """``mask`` with the rank of ``x``: boolean, or weights in the dtype of the statistics."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = as_array(function, "mask", mask)
     if jnp.iscomplexobj(mask):
         fail(function, "mask must be boolean or real weights", {"dtype": str(mask.dtype)}, TypeError)
     aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
     if len(aligned) != x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
         fail(function, "mask must broadcast against x", {"mask_shape": mask.shape, "x_shape": x.shape})
     if mask.dtype != jnp.bool_:
+        if not isinstance(mask, Tracer) and not (np.isfinite(mask) & (np.asarray(mask) >= 0)).all():
+            fail(function, "mask must hold finite, non-negative weights", {"smallest": float(jnp.min(mask))})
         mask = mask.astype(jnp.finfo(statistics_dtype(x.dtype)).dtype)
     return mask.reshape(aligned)
 
@@ -127,6 +147,8 @@ def check_replicas(
             fail(function, "axis_index_groups needs an axis_name", {"axis_index_groups": axis_index_groups})
         return (), None
     names = tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    if len(set(names)) != len(names):
+        fail(function, "axis_name must not name an axis twice", {"axis_name": axis_name})
     try:
         size = math.prod(lax.axis_size(name) for name in names)
     except (NameError, KeyError, ValueError, TypeError):
@@ -139,7 +161,7 @@ def check_replicas(
     except TypeError:
         rule = "axis_index_groups must be a sequence of sequences of integers"
         fail(function, rule, {"axis_index_groups": axis_index_groups}, TypeError)
-    if sorted(i for group in groups for i in group) != list(range(size)):
+    if not all(groups) or sorted(i for group in groups for i in group) != list(range(size)):
         rule = f"axis_index_groups must hold each of the {size} replicas of {axis_name!r} once"
         fail(function, rule, {"axis_index_groups": axis_index_groups})
     return names, groups
@@ -181,7 +203,7 @@ def check_groups(function: str, num_groups: Any, channels: int) -> None:
 def check_shape(function: str, name: str, shape: Any) -> tuple[int, ...]:
     """``shape`` as a tuple of non-negative integers."""
     try:
-        sizes = tuple(operator.index(n) for n in (shape if isinstance(shape, Sequence) else [shape]))
+        sizes = tuple(_index(n) for n in (shape if isinstance(shape, Sequence) else [shape]))
     except TypeError:
         fail(function, f"{name} must be an integer or a sequence of integers", {name: shape}, TypeError)
     if any(n < 0 for n in sizes):

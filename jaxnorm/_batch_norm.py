@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxnorm import _axes, _rule
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._moments import Moments, Reduction, Statistics, merge_stacked
+from jaxnorm._moments import Moments, Reduction, Statistics, divisor, merge_stacked
 
 
 class RunningStats(NamedTuple):
@@ -75,6 +74,20 @@ def moments(
     return Moments(*(_axes.extract(m, kept) for m in _rule.moments(x, weights, reduction)))
 
 
+def _check_statistics(function: str, name: str, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean, variance and count of ``value`` as floating point arrays of one shape."""
+    try:
+        mean, var, count = value
+    except (TypeError, ValueError):
+        _axes.fail(function, f"{name} must hold mean, var and count", {name: value}, TypeError)
+    mean, var = _axes.as_input(function, f"{name}.mean", mean), _axes.as_input(function, f"{name}.var", var)
+    count = _axes.as_array(function, f"{name}.count", count).astype(_axes.statistics_dtype(var.dtype))
+    if not mean.shape == var.shape == count.shape:
+        shapes = {"mean": mean.shape, "var": var.shape, "count": count.shape}
+        _axes.fail(function, f"{name} must hold arrays of one shape", shapes)
+    return mean, var, count
+
+
 def merge_moments(a: Moments, b: Moments) -> Moments:
     r"""The moments of two sets of values together, from the moments of each.
 
@@ -103,9 +116,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       >>> [float(m) for m in both]
       [2.0, 2.0, 5.0]
     """
-    shapes = [np.shape(m) for pair in zip(a, b, strict=True) for m in pair]
-    if len(set(shapes)) != 1:
-        _axes.fail("merge_moments", "a and b must hold arrays of one shape", {"shapes": shapes})
+    a, b = (Moments(*_check_statistics("merge_moments", name, m)) for name, m in (("a", a), ("b", b)))
+    if a.mean.shape != b.mean.shape:
+        _axes.fail("merge_moments", "a and b must be of one shape", {"a": a.mean.shape, "b": b.mean.shape})
     mean, var, count = (jnp.stack(pair) for pair in zip(a, b, strict=True))
     mean, var = (jnp.where(count > 0, m, 0) for m in (mean, var))
     parts = Statistics(count, mean, jnp.zeros_like(mean), var)
@@ -229,6 +242,8 @@ def normalize(
     for name, value in (("mean", mean), ("var", var)):
         if value is None:
             _axes.fail(function, f"{name} must be an array", {name: value}, TypeError)
+    if jnp.iscomplexobj(var):
+        _axes.fail(function, "var must be real", {"dtype": str(jnp.asarray(var).dtype)}, TypeError)
     return _rule.normalize_by_given(function, x, mean, var, scale, bias, features=features, epsilon=epsilon)
 
 
@@ -237,7 +252,7 @@ def init_running(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> 
 
     Args:
       features: how many features, or the shape of the feature axes.
-      dtype: of the mean; the variance and the count are real.
+      dtype: of the mean; the variance is real, the count float32 at least.
 
     Returns:
       `RunningStats` of that shape.
@@ -252,10 +267,10 @@ def init_running(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> 
       [1.0, 1.0]
     """
     shape = _axes.check_shape("init_running", "features", features)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        _axes.fail("init_running", "dtype must be floating point or complex", {"dtype": str(jnp.dtype(dtype))})
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        _axes.fail("init_running", "dtype must be floating point or complex", {"dtype": str(dtype)})
     real = jnp.finfo(dtype).dtype
-    return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, real), jnp.zeros(shape, real))
+    return RunningStats(jnp.zeros(shape, dtype), jnp.ones(shape, real), jnp.zeros(shape, _axes.statistics_dtype(real)))
 
 
 def update_running(
@@ -297,21 +312,27 @@ def update_running(
       Ioffe and Szegedy, "Batch Normalization", ICML 2015, section 3.1.
     """
     function = "update_running"
-    if np.shape(running.mean) != np.shape(batch.mean):
+    old_mean, old_var, old_count = _check_statistics(function, "running", running)
+    mean, var, count = _check_statistics(function, "batch", batch)
+    if old_mean.shape != mean.shape:
         rule = "running and batch must have features of one shape"
-        _axes.fail(function, rule, {"running": np.shape(running.mean), "batch": np.shape(batch.mean)})
+        _axes.fail(function, rule, {"running": old_mean.shape, "batch": mean.shape})
+    if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(old_mean):
+        rule = "running.mean must be complex where batch.mean is"
+        _axes.fail(function, rule, {"running": str(old_mean.dtype), "batch": str(mean.dtype)}, TypeError)
     if alpha is not None:
         _axes.check_number(function, "alpha", alpha, 0.0, 1.0)
 
-    mean, var, count = batch
-    seen = running.count + count
-    weight = count / jnp.where(seen > 0, seen, 1) if alpha is None else alpha
-    usable = (count > unbiased) & jnp.all(jnp.isfinite(mean) & jnp.isfinite(var) & jnp.isfinite(count))
+    finite = jnp.isfinite(mean) & jnp.isfinite(var) & jnp.isfinite(count)
+    mean, var, count = (jnp.where(finite, value, 0) for value in (mean, var, count))
+    weight = count / divisor(old_count + count) if alpha is None else alpha
     if unbiased:
-        var = var * (count / jnp.where(count > 1, count - 1, 1))
-
-    def average(old, new):
-        return jnp.where(usable, (1 - weight) * old + weight * new, old).astype(old.dtype)
-
-    seen = jnp.where(usable, seen, running.count).astype(running.count.dtype)
-    return RunningStats(average(running.mean, mean), average(running.var, var), seen)
+        var = var * (count / divisor(count - 1))
+    new = RunningStats(
+        ((1 - weight) * old_mean + weight * mean).astype(old_mean.dtype),
+        ((1 - weight) * old_var + weight * var).astype(old_var.dtype),
+        old_count + count,
+    )
+    kept = jnp.all(finite & jnp.isfinite(new.mean) & jnp.isfinite(new.var))
+    usable = kept & (count > (1 if unbiased else 0))
+    return RunningStats(*(jnp.where(usable, n, o) for n, o in zip(new, (old_mean, old_var, old_count), strict=True)))

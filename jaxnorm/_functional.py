@@ -144,9 +144,10 @@ def group_norm(
     """
     function = "group_norm"
     x = _axes.as_input(function, "x", x)
-    channel, *others = _axes.check_example_features(function, axis, x)
-    if others:
+    features = _axes.check_example_features(function, axis, x)
+    if len(features) != 1:
         _axes.fail(function, "axis must be one axis, that of the channels", {"axis": axis})
+    (channel,) = features
     _axes.check_groups(function, num_groups, x.shape[channel])
     axes = tuple(a for a in range(1, x.ndim) if a != channel)
     reduction = Reduction(axes, channel_groups=(channel, num_groups))

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxnorm import _axes, _rule
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._batch_norm import RunningStats, batch_reduction, update_running
-from jaxnorm._moments import Reduction
+from jaxnorm._moments import Moments, Reduction
 
 
 class Replicas(NamedTuple):
@@ -125,8 +125,8 @@ def batch_norm(
     epsilon: float,
     mask: Any,
     dtype: Any,
-) -> tuple[jax.Array, RunningStats | None]:
-    """The output of a batch normalization layer, and its new running averages if they change.
+) -> tuple[jax.Array, Moments | None, RunningStats | None]:
+    """The output of a batch normalization layer, the moments of the batch if measured, and averages if they change.
 
     ``averages`` are mean, variance and, where momentum is None, count. While initializing nothing is averaged, and the
     batch may be of any size.
@@ -154,11 +154,13 @@ def batch_norm(
         y, batch = _rule.normalize_by_own(
             function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask, dtype=dtype
         )
-    if batch is None or not update:
-        return y, None
-    batch = jax.tree.map(lambda m: jax.lax.stop_gradient(_axes.extract(m, features)), batch)
+    if batch is None:
+        return y, None, None
+    batch = Moments(*(jax.lax.stop_gradient(_axes.extract(m, features)) for m in batch))
+    if not update:
+        return y, batch, None
     alpha = None if momentum is None else 1 - momentum
-    return y, update_running(running, batch, alpha=alpha, unbiased=unbiased)
+    return y, batch, update_running(running, batch, alpha=alpha, unbiased=unbiased)
 
 
 def warn_if_never_updated(running: RunningStats) -> None:

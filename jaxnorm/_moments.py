@@ -11,7 +11,7 @@ with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing
 
 import math
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ GATHER_LIMIT = 32
 """Up to so many replicas exchange their moments in one collective, each in a slot of its own; more of them agree on a
 center first, so that what is exchanged does not grow with their number."""
 
-SLICE = 16
-"""The center is the mean of one part in so many of the data."""
+STRIDE = 16
+"""The center is the mean of every so many-th position of the data."""
 
 
 class Moments(NamedTuple):
@@ -113,49 +113,63 @@ def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     return jnp.where(weights != 0, weights * values, 0)
 
 
+def measured(weights: jax.Array) -> jax.Array:
+    """Where values count."""
+    return weights if weights.dtype == jnp.bool_ else weights != 0
+
+
+def not_negative(var: jax.Array) -> jax.Array:
+    """A variance that rounding may have left below zero; where it is zero, its gradient passes whole."""
+    return jnp.where(var < 0, 0, var)
+
+
 def divisor(count: jax.Array) -> jax.Array:
     """``count``, or one where it is zero: what was summed there is zero as well."""
     return jnp.where(count > 0, count, 1)
 
 
-def count_over(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """How many values of ``x``, or how much weight, each sum over ``axes`` holds."""
-    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    dtype = jnp.finfo(x.dtype).dtype
+def count_over(sums: jax.Array, x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """How many values of ``x``, or how much weight, each of its ``sums`` over ``axes`` holds; typed as those are."""
+    zero = jnp.zeros_like(sums.real)
     if weights is None:
-        return jnp.full(kept, math.prod(x.shape[a] for a in axes), dtype)
+        return zero + float(math.prod(x.shape[a] for a in axes))
     repeats = math.prod(x.shape[a] for a in axes if weights.shape[a] == 1)
-    return jnp.broadcast_to(sum_over(weights.astype(dtype), axes) * repeats, kept)
+    return zero + sum_over(weights.astype(zero.dtype), axes) * float(repeats)
+
+
+def sliced(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Every sixteenth position along the first reduced axis that is neither the batch nor split over devices."""
+    spec = jax.typeof(x).sharding.spec
+    free = [a for a in axes if a > 0 and spec[a] is None]
+    if not free:
+        return x
+    stride = min(STRIDE, x.shape[free[0]]) or 1
+    return lax.slice_in_dim(x, stride // 2, None, stride, axis=free[0])
 
 
 def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Statistics:
     """The statistics of one array over ``reduction.axes``, shifted by the mean of a slice.
 
     If the slice is a fraction f of the data, its mean K is never further from the mean than the square root of var / f,
-    so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation: a bound for any data. A
-    weighted slice could be empty, so with weights, or where there is no axis to slice, the slice is everything.
+    so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation, for any data; what the
+    sums themselves lose is besides. A weighted slice could be empty, so with weights, or where there is no axis to
+    slice, the slice is everything.
     """
     axes = reduction.axes
-    count = count_over(x, weights, axes)
     if not reduction.centered:
-        zero = jnp.zeros(count.shape, x.dtype)
-        return Statistics(count, zero, zero, sum_over(weigh(abs_sq(x), weights), axes) / divisor(count))
-    if not axes:  # a value by itself is its own mean
-        center = weigh(x, None if weights is None else weights != 0)
-        return Statistics(count, center, jnp.zeros_like(center), jnp.zeros(x.shape, count.dtype))
+        total = sum_over(weigh(abs_sq(x), weights), axes)
+        count, zero = count_over(total, x, weights, axes), jnp.zeros_like(total, x.dtype)
+        return Statistics(count, zero, zero, total / divisor(count))
 
-    part, sliceable = x, [a for a in axes if a > 0]
-    if weights is None and sliceable:
-        length = x.shape[sliceable[0]]
-        width = -(-length // SLICE)
-        start = (length - width) // 2
-        part = lax.slice_in_dim(x, start, start + width, axis=sliceable[0])
-    center = settle(sum_over(weigh(part, weights), axes) / divisor(count_over(part, weights, axes)))
+    part = sliced(x, axes) if weights is None else x
+    total = sum_over(weigh(part, weights), axes)
+    center = settle(total / divisor(count_over(total, part, weights, axes)))
 
-    shifted = x - center if weights is None else jnp.where(weights != 0, x - center, 0)
+    shifted = x - center if weights is None else jnp.where(measured(weights), x - center, 0)
+    count = count_over(total, x, weights, axes)
     offset = sum_over(weigh(shifted, weights), axes) / divisor(count)
     second = sum_over(weigh(abs_sq(shifted), weights), axes) / divisor(count)
-    return Statistics(count, center, offset, jnp.maximum(second - abs_sq(offset), 0))
+    return Statistics(count, center, offset, not_negative(second - abs_sq(offset)))
 
 
 def merge(parts: Statistics, total: Total) -> Statistics:
@@ -165,7 +179,7 @@ def merge(parts: Statistics, total: Total) -> Statistics:
     share = parts.count / divisor(count)
     shift = (parts.center - center) + parts.offset
     offset, second = total(share * shift, share * (parts.var + abs_sq(shift)))
-    return Statistics(count, center, offset, jnp.maximum(second - abs_sq(offset), 0))
+    return Statistics(count, center, offset, not_negative(second - abs_sq(offset)))
 
 
 def stack(values: tuple[jax.Array, ...]) -> jax.Array:
@@ -184,19 +198,32 @@ def merge_stacked(parts: Statistics) -> Statistics:
     return Statistics(*(m[0] for m in merged))
 
 
-def total_over_channels(channel_groups: tuple[int, int]) -> Total:
+def total_over_channels(reduction: Reduction) -> Total:
     """Sums over the channels of a group, given back to each of them."""
-    axis, groups = channel_groups
+    axis, groups = reduction.channel_groups or (0, 1)
+    place = axis - sum(a < axis for a in reduction.axes)
 
-    def total(*values):
-        def one(v):
-            before, channels, after = math.prod(v.shape[:axis]), v.shape[axis], math.prod(v.shape[axis + 1 :])
-            by_group = v.reshape(before * groups, channels // groups, after)
-            return jnp.broadcast_to(jnp.sum(by_group, 1, keepdims=True), by_group.shape).reshape(v.shape)
+    def one(v):
+        v = jnp.squeeze(v, reduction.axes)
+        by_group = v.reshape(*v.shape[:place], groups, v.shape[place] // groups, *v.shape[place + 1 :])
+        total = jnp.broadcast_to(jnp.sum(by_group, place + 1, keepdims=True), by_group.shape)
+        return jnp.expand_dims(total.reshape(v.shape), reduction.axes)
 
-        return tuple(map(one, values))
+    return lambda *values: tuple(map(one, values))
 
-    return total
+
+def varying(*values: jax.Array) -> frozenset[Any]:
+    """The mapped axes over which any of ``values`` varies, as far as jax keeps track of it."""
+    return frozenset().union(*(jax.typeof(v).manual_axis_type.varying for v in values))
+
+
+def vary(values: tuple[jax.Array, ...], *like: jax.Array) -> tuple[jax.Array, ...]:
+    """Mark ``values`` as varying over the mapped axes that ``like`` varies over, in one step.
+
+    Under ``shard_map`` with ``check_vma``, the transpose of this step is a collective: jax would insert one a value.
+    """
+    axes = tuple(varying(*like) - varying(*values))
+    return unstack(lax.pcast(stack(values), axes, to="varying"), values) if axes else values
 
 
 def _slots(packed: jax.Array, slot: jax.Array, slots: int) -> jax.Array:
@@ -219,10 +246,11 @@ def total_over_replicas(reduction: Reduction) -> Total:
     names, groups = reduction.axis_name, reduction.axis_index_groups
 
     def total(*values):
-        packed = stack(values)
+        index = lax.axis_index(names)
+        (packed,) = vary((stack(values),), index)
         if groups is None:
             return unstack(lax.psum(packed, names), values)
-        own = _group_numbers(groups)[lax.axis_index(names)]
+        own = _group_numbers(groups)[index]
         return unstack(lax.psum(_slots(packed, own, len(groups)), names)[own], values)
 
     return total

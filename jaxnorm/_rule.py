@@ -27,13 +27,13 @@ from jaxnorm._moments import (
     abs_sq,
     divisor,
     measure_locally,
+    measured,
     merge,
     merge_replicas,
-    stack,
     sum_over,
     total_over_channels,
     total_over_replicas,
-    unstack,
+    vary,
     weigh,
 )
 
@@ -61,7 +61,7 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> St
     """The statistics of ``x``. Of the two parts of the mean, only ``offset`` is differentiated."""
     statistics = measure_locally(x, weights, reduction)
     if reduction.channel_groups:
-        statistics = merge(statistics, total_over_channels(reduction.channel_groups))
+        statistics = merge(statistics, total_over_channels(reduction))
     if reduction.axis_name:
         statistics = merge_replicas(statistics, reduction)
     return _named(statistics)
@@ -87,7 +87,7 @@ def _measure_tangent(reduction, primals, tangents):
     t_mean, t_var = (s / divisor(count) for s in sums[:2])
     t_count = sums[2] if len(sums) > 2 else jnp.zeros_like(count)
     if not reduction.centered:
-        t_mean = jnp.zeros_like(t_mean)
+        t_mean = jnp.zeros_like(offset)
     return statistics, Statistics(t_count, jnp.zeros_like(center), t_mean, t_var)
 
 
@@ -95,7 +95,7 @@ def _total(values: tuple[jax.Array, ...], reduction: Reduction) -> tuple[jax.Arr
     """Sums over everything that shares its statistics."""
     values = tuple(sum_over(v, reduction.axes) for v in values)
     if reduction.channel_groups:
-        values = total_over_channels(reduction.channel_groups)(*values)
+        values = total_over_channels(reduction)(*values)
     if reduction.axis_name:
         values = total_over_replicas(reduction)(*values)
     return values
@@ -104,20 +104,6 @@ def _total(values: tuple[jax.Array, ...], reduction: Reduction) -> tuple[jax.Arr
 def _constant_center(statistics: Statistics) -> Statistics:
     """Drop the tangent of ``center``, which is zero: whatever uses it need not carry zeros along."""
     return statistics._replace(center=lax.stop_gradient(statistics.center))
-
-
-def _varying(*values: jax.Array) -> frozenset[Any]:
-    """The mapped axes over which any of ``values`` varies, as far as jax keeps track of it."""
-    return frozenset().union(*(jax.typeof(v).manual_axis_type.varying for v in values))
-
-
-def _vary(values: tuple[jax.Array, ...], *like: jax.Array) -> tuple[jax.Array, ...]:
-    """Mark ``values`` as varying over the mapped axes that ``like`` varies over, in one step.
-
-    Under ``shard_map`` with ``check_vma``, the transpose of this step is a collective: jax would insert one a value.
-    """
-    axes = tuple(_varying(*like) - _varying(*values))
-    return unstack(lax.pcast(stack(values), axes, to="varying"), values) if axes else values
 
 
 def _affine(
@@ -133,19 +119,19 @@ def _affine(
     bias = jnp.zeros_like(scale) if bias is None else bias
 
     rstd = lax.rsqrt(var + epsilon)
-    rstd, shift = _vary((rstd, -offset * rstd), scale, bias)
-    scale, bias = _vary((scale, bias), rstd)
+    rstd, shift = vary((rstd, -offset * rstd), scale, bias)
+    scale, bias = vary((scale, bias), rstd)
     if jnp.broadcast_shapes(scale.shape, rstd.shape) == rstd.shape:  # both are small: one multiplication and one sum
-        multiplier, constant = _vary((rstd * scale, shift * scale + bias), x)
+        multiplier, constant = vary((rstd * scale, shift * scale + bias), x)
         return (x - center) * multiplier + constant
-    scale, bias = _vary((scale, bias), x)
+    scale, bias = vary((scale, bias), x)
     return ((x - center) * rstd + shift) * scale + bias
 
 
 def _prepare(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     """``x`` in the dtype of the arithmetic; what is masked out may hold anything, so NaN and inf there become zero."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x if weights is None else jnp.where((weights != 0) | jnp.isfinite(x), x, 0)
+    x = x.astype(_axes.statistics_dtype(x.dtype))
+    return x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
 
 
 def _moments(statistics: Statistics) -> Moments:

@@ -81,6 +81,8 @@ class BatchNorm(_Layer):
     ``batch_stats/mean`` and ``batch_stats/var`` of dtype float32, and, only with ``momentum=None``,
     ``batch_stats/count``, the number of values averaged.
 
+    The `jaxnorm.Moments` of each batch are sown as ``intermediates/moments``, where that collection is mutable.
+
     Three things can be switched separately, here or in the call: which statistics normalize
     (``use_running_average``), whether the running averages move (``update_running_average``), whether scale and bias
     receive gradients (``trainable``).
@@ -168,7 +170,7 @@ class BatchNorm(_Layer):
         averages = [self.variable("batch_stats", name, init, shape, jnp.float32) for name, init in start.items()]
         _layers.check_features("BatchNorm", shape, jnp.shape(averages[0].value))
         scale, bias = self._parameters(shape, trainable)
-        y, running = _layers.batch_norm(
+        y, batch, running = _layers.batch_norm(
             x,
             scale,
             bias,
@@ -186,6 +188,8 @@ class BatchNorm(_Layer):
         )
         for average, new in zip(averages, running or (), strict=False):
             average.value = new
+        if batch is not None and not self.is_initializing():
+            self.sow("intermediates", "moments", batch)
         return y
 
 

@@ -236,7 +236,7 @@ class BatchNorm(_Layer):
         shape = tuple(x.shape[a] for a in features)
         averages = [self.mean, self.var] + ([self.count] if self.momentum is None else [])
         x, scale, bias, dtype = self._promoted(x, shape, trainable, self.mean[...], self.var[...])
-        y, running = _layers.batch_norm(
+        y, _, running = _layers.batch_norm(
             x,
             scale,
             bias,

@@ -129,6 +129,12 @@ def test_gradients_of_the_statistics(rng, x64):
             close(mine, e)
 
 
+def test_gradient_of_merged_moments_at_zero_variance():
+    constant = lambda var: jaxnorm.Moments(jnp.zeros(1), var, jnp.full(1, 4.0))  # noqa: E731
+    gradient = jax.grad(lambda v: jaxnorm.merge_moments(constant(v), constant(jnp.zeros(1))).var[0])(jnp.zeros(1))
+    np.testing.assert_array_equal(gradient, 0.5)
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("norm", NORMS)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  # numpy learns of float8 from it
 import numpy as np
 import pytest
 
@@ -28,6 +29,10 @@ COMMON = [
     (ValueError, {"axis": 3}, "axis", "3"),
     (ValueError, {"axis": -4}, "axis", "-4"),
     (TypeError, {"axis": 1.5}, "axis", "1.5"),
+    (TypeError, {"axis": True}, "axis", "True"),
+    (TypeError, {"x": None}, "x", "None"),
+    (TypeError, {"x": "abc"}, "x", "abc"),
+    (TypeError, {"x": X.astype("float8_e4m3fn")}, "x", "float8"),
     (TypeError, {"axis": "channels"}, "axis", "channels"),
     (ValueError, {"epsilon": -1e-3}, "epsilon", "-0.001"),
     (ValueError, {"epsilon": float("nan")}, "epsilon", "nan"),
@@ -44,6 +49,8 @@ MASKED = [
     (ValueError, {"mask": np.ones((4, 5), bool)}, "mask", r"\(4, 5\)"),
     (ValueError, {"mask": np.ones((1, 4, 5, 8), bool)}, "mask", r"\(1, 4, 5, 8\)"),
     (TypeError, {"mask": np.ones(8, np.complex64)}, "mask", "complex64"),
+    (ValueError, {"mask": -np.ones(8, np.float32)}, "mask", "-1.0"),
+    (ValueError, {"mask": np.full(8, np.nan, np.float32)}, "mask", "nan"),
 ]
 SEVERAL = [(ValueError, {"axis": (1, 1)}, "axis", r"\(1, 1\)"), (ValueError, {"axis": (2, -1)}, "axis", r"\(2, -1\)")]
 EXAMPLES = [(ValueError, {"axis": 0}, "axis", "0")]
@@ -64,6 +71,7 @@ CASES = {
     "group_norm": [
         *COMMON, *BIASED, *MASKED, *EXAMPLES,
         (ValueError, {"axis": (1, 2)}, "axis", r"\(1, 2\)"),
+        (ValueError, {"axis": ()}, "axis", r"\(\)"),
         (ValueError, {"num_groups": 5}, "num_groups", "num_groups=5, channels=8"),
         (ValueError, {"num_groups": 0}, "num_groups", "0"),
         (ValueError, {"num_groups": -2}, "num_groups", "-2"),
@@ -76,6 +84,7 @@ CASES = {
         (ValueError, {"mean": np.zeros(3, np.float32)}, "mean", r"\(3,\)"),
         (ValueError, {"var": np.zeros(3, np.float32)}, "var", r"\(3,\)"),
         (TypeError, {"mean": None}, "mean", "None"),
+        (TypeError, {"x": X + 0j, "var": np.full(8, 1j, np.complex64)}, "var", "complex64"),
     ],
     "moments": [
         *MASKED, *REPLICAS,
@@ -111,6 +120,10 @@ UPDATES = [
     (TypeError, {"alpha": "0.1"}, "alpha", "0.1"),
     (TypeError, {"alpha": True}, "alpha", "True"),
     (ValueError, {"batch": Moments(*(jnp.ones(7),) * 3)}, "batch", r"\(7,\)"),
+    (ValueError, {"batch": Moments(jnp.ones(8), jnp.ones(1), jnp.ones(8))}, "batch", r"\(1,\)"),
+    (TypeError, {"batch": Moments(*(jnp.ones(8, int),) * 3)}, "batch.mean", "int32"),
+    (TypeError, {"batch": Moments(jnp.ones(8) + 1j, jnp.ones(8), jnp.ones(8))}, "mean", "complex64"),
+    (TypeError, {"batch": None}, "batch", "None"),
 ]
 
 
@@ -135,7 +148,9 @@ def test_merge_moments():
         jaxnorm.merge_moments(BATCH, Moments(*(jnp.ones(7),) * 3))
 
 
-@pytest.mark.parametrize("groups", [[[0, 1]], [[0, 1], [1, 2, 3]], [[0, 1], [2, 4]], [[0, 1, 2, 3, 4]]])
+@pytest.mark.parametrize(
+    "groups", [[[0, 1]], [[0, 1], [1, 2, 3]], [[0, 1], [2, 4]], [[0, 1], [2, 3], []], [[0, 1, 2, 3, 4]]]
+)
 def test_groups_that_are_no_partition(groups):
     with pytest.raises(ValueError, match=r"^batch_norm: axis_index_groups .*; got "):
         jax.vmap(lambda x: jaxnorm.batch_norm(x, axis_name="r", axis_index_groups=groups)[0], axis_name="r")(X)

@@ -143,6 +143,14 @@ def test_slice_unlike_the_rest(rng, outlier):
     np.testing.assert_allclose(batch.var, var[0, 0, 0], rtol=(1 + 16) * 2.0**-24)
 
 
+def test_bright_band_on_black(rng):
+    """Images of which the middle is unlike the rest: positions of the center are spread, not the middle rows."""
+    x = np.zeros((32, 64, 1), np.float32)
+    x[:, 30:34] = 123456.7
+    _, var = exact(x, (0, 1))
+    np.testing.assert_allclose(jaxnorm.moments(x, (0, 1)).var, var[0, 0], rtol=2e-5)  # sums of 2048, one by one
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e6, -3.3e5, 1e-30, 1e18])
 def test_constant_features(value):
     y, batch = jaxnorm.batch_norm(jnp.full((64, 9, 3), value))

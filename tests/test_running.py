@@ -59,6 +59,17 @@ def test_never_poisoned(rng, poison, alpha):
         np.testing.assert_array_equal(new, old)
 
 
+def test_never_poisoned_by_what_the_averages_cannot_hold():
+    """The unbiased variance, or what float16 averages would store, may be infinite where the moments are finite."""
+    large = Moments(jnp.array([1e6]), jnp.array([3e38]), jnp.array([2.0]))
+    for running, kwargs in (
+        (jaxnorm.init_running(1), {"alpha": 0.9, "unbiased": True}),
+        (jaxnorm.init_running(1, dtype=jnp.float16), {"alpha": 0.1}),
+    ):
+        for new, old in zip(jaxnorm.update_running(running, large, **kwargs), running, strict=True):
+            np.testing.assert_array_equal(new, old)
+
+
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("alpha", [0.1, 1.0, None])
 @pytest.mark.parametrize("kind", ["empty", "masked", "zero weights"])

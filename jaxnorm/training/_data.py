@@ -1,11 +1,27 @@
-"""Images, and batches of them in which the last, partial one is padded and masked, not dropped."""
+"""Images from scikit-learn, from local files or made up, and batches of them, the last one padded and masked."""
 
-from collections.abc import Iterator
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.model_selection import train_test_split
+
+# How other formats, and IDX files of the other sort, give themselves away: where, by which bytes.
+_SIGNATURES = {
+    "a gzip file": (0, b"\x1f\x8b"),
+    "a tar archive": (257, b"ustar"),
+    "a Python pickle": (0, b"\x80\x02"),
+    "an IDX file of labels": (0, b"\x00\x00\x08\x01"),
+    "an IDX file of images": (0, b"\x00\x00\x08\x03"),
+}
+_CIFAR_SHAPE = (3, 32, 32)
+_CIFAR_RECORD = 1 + math.prod(_CIFAR_SHAPE)
 
 
 class Split(NamedTuple):
@@ -25,21 +41,225 @@ def load_digits(*, seed: int = 0) -> tuple[Split, Split]:
     return Split(train_images, train_labels), Split(test_images, test_labels)
 
 
-def batches(data: Split, batch_size: int, *, seed: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over ``data``, every example once.
+def load_mnist(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
+    """MNIST, or a set in the same files such as Fashion-MNIST, from a local folder.
 
     Args:
-      data: the examples.
-      batch_size: how many examples a batch has room for.
-      seed: of the order; None to keep it.
+      folder: has ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
+        ``t10k-labels-idx1-ubyte``, each as it is or, if that is not there, with ``.gz``.
 
-    Yields:
-      ``{"image", "label", "mask"}``, all of length ``batch_size``; the mask is False where the last batch is padded.
+    Returns:
+      The examples for training and those for testing, images of shape ``(n, height, width, 1)``: for MNIST, 60000 and
+      10000 of 28x28 pixels.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is truncated, too long, corrupt or of another kind, has labels other than 0 to 9, or does not
+        go with the others.
+
+    References:
+      The IDX format: http://yann.lecun.com/exdb/mnist/
+    """
+    train, test = (_load_mnist_part(Path(folder), part) for part in ("train", "t10k"))
+    _require(
+        train.images.shape[1:3] == test.images.shape[1:3],
+        f"load_mnist: {folder}",
+        f"t10k-images of the size of train-images, {_times(train.images.shape[1:3])}",
+        _times(test.images.shape[1:3]),
+    )
+    return train, test
+
+
+def _load_mnist_part(folder: Path, part: str) -> Split:
+    images_path, images = _read_idx(folder, f"{part}-images-idx3-ubyte", ndim=3)
+    labels_path, labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", ndim=1)
+    where = f"load_mnist: {labels_path}"
+    _require(
+        len(labels) == len(images), where, f"{len(images)} labels, one for each image of {images_path}", len(labels)
+    )
+    return _split(where, images[..., None], labels)
+
+
+def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, np.ndarray]:
+    """The path and the bytes of an IDX file: 0, 0, the type (8: bytes), ``ndim``, the sizes (big endian), the bytes."""
+    path = _find("load_mnist", folder, [name, f"{name}.gz"])
+    where = f"load_mnist: {path}"
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{where}: expected a whole gzip file; found it broken: {error}.") from error
+    magic = bytes([0, 0, 8, ndim])
+    found = (content[:4].hex(" ") or "no bytes") + _kind(content)
+    _require(content[:4] == magic, where, f"the bytes {magic.hex(' ')} at its beginning", found)
+    header = 4 + 4 * ndim
+    _require(len(content) >= header, where, f"a header of {header} bytes", f"{len(content)} bytes in all")
+    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
+    _require(min(shape) > 0, where, "sizes of at least 1 in its header", _times(shape))
+    size = header + math.prod(shape)
+    _require(len(content) == size, where, f"{size} bytes, {header} + {_times(shape)}", f"{len(content)} bytes")
+    return path, np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def load_cifar10(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
+    """CIFAR-10, its binary version, from a local folder.
+
+    Args:
+      folder: has ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, itself or in its subfolder
+        ``cifar-10-batches-bin``. Files may have any number of examples; those of CIFAR-10 have 10000.
+
+    Returns:
+      The examples for training and those for testing, images of shape ``(n, 32, 32, 3)``, red, green and blue.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is truncated, too long or of another kind, or has labels other than 0 to 9.
+
+    References:
+      The binary version: https://www.cs.toronto.edu/~kriz/cifar.html
+    """
+    parts = [_read_cifar10(Path(folder), f"data_batch_{i}.bin") for i in range(1, 6)]
+    train = Split(*map(np.concatenate, zip(*parts, strict=True)))
+    return train, _read_cifar10(Path(folder), "test_batch.bin")
+
+
+def _read_cifar10(folder: Path, name: str) -> Split:
+    """A file of records: the label in one byte, then the 32x32 bytes of red, of green and of blue, row by row."""
+    path = _find("load_cifar10", folder, [name, f"cifar-10-batches-bin/{name}"], " (the binary version, unpacked)")
+    where = f"load_cifar10: {path}"
+    content = path.read_bytes()
+    _require(
+        len(content) > 0 and len(content) % _CIFAR_RECORD == 0,
+        where,
+        f"a positive multiple of {_CIFAR_RECORD} bytes, the records of the binary version",
+        f"{len(content)} bytes{_kind(content)}",
+    )
+    records = np.frombuffer(content, np.uint8).reshape(-1, _CIFAR_RECORD)
+    return _split(where, records[:, 1:].reshape(-1, *_CIFAR_SHAPE).transpose(0, 2, 3, 1), records[:, 0])
+
+
+def synthetic(count: int, shape: Sequence[int], num_classes: int = 10, seed: int = 0) -> Split:
+    """Random images of any size that can be learned: each class is a plane wave, to which each image adds noise.
+
+    With frequencies ``u, v`` of the class and a phase ``p`` of the class and channel, all drawn uniformly, an image is
+    ``0.5 + 0.3 cos(2 pi (u row + v column + p)) + 0.1 noise``, the noise Gaussian, the sum clipped to [0, 1].
+
+    Args:
+      count: the number of images.
+      shape: ``(height, width, channels)`` of an image.
+      num_classes: the number of classes; their counts differ by one at most.
+      seed: of everything. Another seed makes other classes: to have a test set, cut it off.
+
+    Returns:
+      The images, ``(count, height, width, channels)``, and their labels, ``(count,)``.
+
+    Raises:
+      ValueError: a number is not positive, or ``shape`` does not have three.
+
+    Example:
+      >>> images, labels = synthetic(2500, (8, 8, 3))
+      >>> waves = np.stack([images[:2000][labels[:2000] == k].mean(0) for k in range(10)])
+      >>> nearest = np.square(images[2000:, None] - waves).sum((2, 3, 4)).argmin(1)
+      >>> bool((nearest == labels[2000:]).all())
+      True
+    """
+    if len(shape) != 3 or min(count, *shape, num_classes) < 1:
+        got = f"count={count}, shape={shape}, num_classes={num_classes}"
+        raise ValueError(f"synthetic: count, the three sizes of shape, and num_classes must be positive; got {got}.")
+    rng = np.random.default_rng(seed)
+    height, width, channels = shape
+    labels = rng.permutation(count).astype(np.int32) % num_classes
+    u, v = rng.uniform(0, 0.5, (2, num_classes, 1, 1, 1)).astype(np.float32)
+    phases = rng.uniform(0, 1, (num_classes, 1, 1, channels)).astype(np.float32)
+    rows, columns = np.arange(height, dtype=np.float32)[:, None, None], np.arange(width, dtype=np.float32)[:, None]
+    cycles = u[labels] * rows + v[labels] * columns + phases[labels]
+    noise = rng.standard_normal((count, *shape), np.float32)
+    return Split(np.clip(0.5 + 0.3 * np.cos(2 * np.pi * cycles) + 0.1 * noise, 0, 1), labels)
+
+
+def batches(
+    data: Split, batch_size: int, *, seed: int | None = None, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over ``data``, every example once, or the part of each batch that belongs to one of several processes.
+
+    Args:
+      data: the examples, all of them, in every process.
+      batch_size: how many examples a batch has room for, over all processes.
+      seed: of the order; None to keep it. The same in every process.
+      process_index: which part of each batch to take, as ``jax.process_index()`` says.
+      process_count: in how many parts each batch is cut, as ``jax.process_count()`` says. The parts of all processes,
+        one after the other, are the batch of a single process.
+
+    Returns:
+      An iterator over ``{"image", "label", "mask"}``, all of length ``batch_size / process_count``; the mask is False
+      where the last batch is padded. Every process gets as many, and in the last a part may be all padding.
+
+    Raises:
+      ValueError: ``data`` is empty or has more images than labels or fewer, ``process_index`` is not below
+        ``process_count``, or ``batch_size`` is not a positive multiple of ``process_count``.
+
+    Example:
+      >>> data = Split(np.zeros((5, 8, 8, 1), np.float32), np.arange(5, dtype=np.int32))
+      >>> for batch in batches(data, 4):
+      ...     print(batch["label"], batch["mask"])
+      [0 1 2 3] [ True  True  True  True]
+      [4 0 0 0] [ True False False False]
+      >>> for batch in batches(data, 4, process_index=1, process_count=2):
+      ...     print(batch["label"], batch["mask"])
+      [2 3] [ True  True]
+      [0 0] [False False]
     """
     count = len(data.labels)
+    if count == 0 or len(data.images) != count:
+        found = f"{len(data.images)} images and {count} labels"
+        raise ValueError(f"batches: data must have as many images as labels, and at least one; got {found}.")
+    if not 0 <= process_index < process_count:
+        got = f"process_index={process_index}, process_count={process_count}"
+        raise ValueError(f"batches: process_index must be at least 0 and below process_count; got {got}.")
+    if batch_size < 1 or batch_size % process_count:
+        got = f"batch_size={batch_size}, process_count={process_count}"
+        raise ValueError(f"batches: batch_size must be a positive multiple of process_count; got {got}.")
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-    for start in range(0, count, batch_size):
-        index = order[start : start + batch_size]
-        mask = np.arange(batch_size) < len(index)
-        index = np.pad(index, (0, batch_size - len(index)))
-        yield {"image": data.images[index], "label": data.labels[index], "mask": mask}
+    padding = (0, -count % batch_size)
+    parts = (-1, process_count, batch_size // process_count)
+    indices = np.pad(order, padding).reshape(parts)[:, process_index]
+    masks = np.pad(np.ones(count, bool), padding).reshape(parts)[:, process_index]
+    return (
+        {"image": data.images[index], "label": data.labels[index], "mask": mask}
+        for index, mask in zip(indices, masks, strict=True)
+    )
+
+
+def _find(loader: str, folder: Path, names: list[str], hint: str = "") -> Path:
+    """The first of the names that is a file in the folder."""
+    for path in (folder / name for name in names):
+        if path.is_file():
+            return path
+    if folder.is_dir():
+        entries = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+        found = f"only {', '.join(entries[:10])}{', ...' * (len(entries) > 10)}" if entries else "it empty"
+    else:
+        found = "a file instead of a folder" if folder.is_file() else "no such folder"
+    raise FileNotFoundError(f"{loader}: {folder}: expected {' or '.join(names)} in this folder{hint}; found {found}.")
+
+
+def _split(where: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
+    """The split with these bytes as its images and labels, the labels checked."""
+    worst = int(labels.argmax())
+    _require(labels[worst] <= 9, where, "labels 0 to 9", f"label {labels[worst]} at example {worst}")
+    return Split(np.divide(pixels, np.float32(255), order="C"), labels.astype(np.int32))
+
+
+def _require(holds: object, where: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{where}: expected {expected}; found {found}.")
+
+
+def _kind(content: bytes) -> str:
+    """What the content looks like, for a message about it."""
+    return "".join(f" ({kind})" for kind, (at, mark) in _SIGNATURES.items() if content[at : at + len(mark)] == mark)
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))

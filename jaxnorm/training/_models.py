@@ -1,32 +1,182 @@
-"""Networks in Flax Linen with batch normalization before every activation."""
+"""Networks in Flax Linen, each with a normalization chosen by name, before or after the activation."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxnorm.linen import BatchNorm
+from jaxnorm import linen
+from jaxnorm._axes import AxisNames
+
+NORMS = ("batch", "layer", "instance", "group", "rms", "none")
+PLACES = ("before", "after")
 
 
-class CNN(nn.Module):
-    """Convolution, batch normalization and ReLU, a few times; then the mean over positions and a linear layer.
+class Norm(nn.Module):
+    """The normalization called ``kind``, over what it is defined over; scale and bias are per channel.
+
+    Layer and RMS normalization share the statistics of a whole example, as in Wu and He, 2018.
+    """
+
+    kind: str
+    momentum: float
+    dtype: Any
+    axis_name: AxisNames | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+        example = tuple(range(1, x.ndim))
+        if self.kind == "batch":
+            mask = None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1))
+            norm = linen.BatchNorm(not train, momentum=self.momentum, dtype=self.dtype, axis_name=self.axis_name)
+            return norm(x, mask=mask)
+        if self.kind == "layer":
+            return linen.LayerNorm(dtype=self.dtype, reduction_axes=example)(x)
+        if self.kind == "rms":
+            return linen.RMSNorm(dtype=self.dtype, reduction_axes=example)(x)
+        if self.kind == "group":
+            return linen.GroupNorm(math.gcd(32, x.shape[-1] // 2), dtype=self.dtype)(x)
+        if self.kind == "instance":
+            if x.ndim == 2:
+                raise ValueError("instance normalization needs positions to normalize over; got features alone.")
+            return linen.InstanceNorm(dtype=self.dtype)(x)
+        return x
+
+
+class _Network(nn.Module):
+    """What all networks are made with.
 
     Attributes:
       num_classes: how many classes.
-      widths: channels of each convolution; the second and later ones halve the image.
+      norm: one of `NORMS`.
+      place: where the normalization is, "before" or "after" the activation.
       momentum: weight of the old running averages.
+      dtype: of the computation; parameters and statistics stay float32.
+      axis_name: mapped axis over which replicas share batch statistics.
     """
 
     num_classes: int = 10
-    widths: Sequence[int] = (32, 64, 64)
+    norm: str = "batch"
+    place: str = "before"
     momentum: float = 0.9
+    dtype: Any = jnp.float32
+    axis_name: AxisNames | None = None
+
+    def normalized(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+        """``x`` normalized; without activation."""
+        return Norm(self.norm, self.momentum, self.dtype, self.axis_name)(x, train, mask)
+
+    def activated(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+        """``x`` normalized and rectified, in the order of ``place``."""
+        if self.place == "before":
+            return nn.relu(self.normalized(x, train, mask))
+        return self.normalized(nn.relu(x), train, mask)
+
+    def conv(self, x: jax.Array, width: int, size: int, strides: int = 1) -> jax.Array:
+        """A convolution, with a bias only where no normalization follows that would remove it."""
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        shape, bias = (size, size), self.norm == "none"
+        return nn.Conv(width, shape, strides, use_bias=bias, kernel_init=init, dtype=self.dtype)(x)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Float32 scores of each class."""
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+class MLP(_Network):
+    """Fully connected layers of the given ``widths``."""
+
+    widths: Sequence[int] = (256, 256)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """Logits of shape ``(batch, num_classes)``; ``mask``, of shape ``(batch,)``, says which examples count."""
-        mask = None if mask is None else mask[:, None, None, None]
+        x = x.reshape(len(x), -1).astype(self.dtype)
+        for width in self.widths:
+            x = self.activated(nn.Dense(width, use_bias=self.norm == "none", dtype=self.dtype)(x), train, mask)
+        return self.logits(x)
+
+
+class CNN(_Network):
+    """Three by three convolutions of the given ``widths``, all but the first halving the image."""
+
+    widths: Sequence[int] = (32, 64, 64)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Logits of shape ``(batch, num_classes)``; ``mask``, of shape ``(batch,)``, says which examples count."""
+        x = x.astype(self.dtype)
         for i, width in enumerate(self.widths):
-            x = nn.Conv(width, (3, 3), strides=1 if i == 0 else 2, use_bias=False)(x)
-            x = BatchNorm(use_running_average=not train, momentum=self.momentum)(x, mask=mask)
-            x = nn.relu(x)
-        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+            x = self.activated(self.conv(x, width, 3, 1 if i == 0 else 2), train, mask)
+        return self.logits(x.mean((1, 2)))
+
+
+class ResNet(_Network):
+    """Residual network (He et al., 2016): ``depths`` blocks a stage, with a bottleneck or without.
+
+    Images of fewer than 64 pixels a side get the small stem of the CIFAR networks: one 3x3 convolution, no pooling.
+    """
+
+    depths: Sequence[int] = (2, 2, 2, 2)
+    bottleneck: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Logits of shape ``(batch, num_classes)``; ``mask``, of shape ``(batch,)``, says which examples count."""
+        small = x.shape[1] < 64
+        x = self.conv(x.astype(self.dtype), 64, 3 if small else 7, 1 if small else 2)
+        x = self.activated(x, train, mask)
+        if not small:
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, depth in enumerate(self.depths):
+            for block in range(depth):
+                x = self.block(x, 64 * 2**stage, 2 if stage > 0 and block == 0 else 1, train, mask)
+        return self.logits(x.mean((1, 2)))
+
+    def block(self, x: jax.Array, width: int, strides: int, train: bool, mask: jax.Array | None) -> jax.Array:
+        """Two 3x3 convolutions, or 1x1, 3x3 and 1x1; added to their input."""
+        if self.bottleneck:
+            y = self.activated(self.conv(x, width, 1), train, mask)
+            y = self.activated(self.conv(y, width, 3, strides), train, mask)
+            y = self.normalized(self.conv(y, 4 * width, 1), train, mask)
+        else:
+            y = self.activated(self.conv(x, width, 3, strides), train, mask)
+            y = self.normalized(self.conv(y, width, 3), train, mask)
+        if x.shape != y.shape:
+            x = self.normalized(self.conv(x, y.shape[-1], 1, strides), train, mask)
+        return nn.relu(x + y)
+
+
+MODELS = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet18": ResNet,
+    "resnet50": lambda **settings: ResNet(depths=(3, 4, 6, 3), bottleneck=True, **settings),
+}
+
+
+def make_model(name: str, **settings: Any) -> nn.Module:
+    """The network called ``name``.
+
+    Args:
+      name: one of `MODELS`.
+      **settings: attributes of the network: ``num_classes``, ``norm``, ``place``, ``momentum``, ``dtype``,
+        ``axis_name``.
+
+    Returns:
+      A Linen module, called with images of shape ``(batch, height, width, channels)``.
+
+    Raises:
+      ValueError: an unknown network, normalization or place; the message lists those there are.
+    """
+    for what, value, known in (
+        ("model", name, MODELS),
+        ("norm", settings.get("norm", "batch"), NORMS),
+        ("place", settings.get("place", "before"), PLACES),
+    ):
+        if value not in known:
+            raise ValueError(f"make_model: {what} must be one of {', '.join(known)}; got {value!r}.")
+    return MODELS[name](**settings)
