@@ -22,7 +22,7 @@ GATHER_LIMIT = 32
 center first, so that what is exchanged does not grow with their number."""
 
 STRIDE = 16
-"""The center is the mean of every so many-th position of the data."""
+"""The center is the mean of one position in so many of the data."""
 
 
 class Moments(NamedTuple):
@@ -78,15 +78,15 @@ def abs_sq(x: jax.Array) -> jax.Array:
 def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sum over ``axes``, which stay with size one.
 
-    An array of rank six or more is reduced one run of neighbouring axes at a time, as an array of rank three: jaxlib
-    0.10 and 0.11 crash on reductions of high rank on CPU.
+    An array of rank six or more is reduced one axis at a time, as an array of rank three: jaxlib 0.10 and 0.11 crash on
+    reductions of high rank on CPU.
     """
     if x.ndim <= 5:
         return jnp.sum(x, axes, keepdims=True)
     shape = x.shape
     for a in sorted(axes, reverse=True):
         kept = (*shape[:a], 1, *shape[a + 1 :])
-        x = x.reshape(math.prod(shape[:a]), shape[a], -1 if x.size else math.prod(shape[a + 1 :]))
+        x = x.reshape(math.prod(shape[:a]), shape[a], math.prod(shape[a + 1 :]))
         x, shape = jnp.sum(x, 1).reshape(kept), kept
     return x
 
@@ -138,13 +138,15 @@ def count_over(sums: jax.Array, x: jax.Array, weights: jax.Array | None, axes: t
 
 
 def sliced(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Every sixteenth position along the first reduced axis that is neither the batch nor split over devices."""
+    """One position in sixteen, or more, of the first reduced axis that is neither the batch nor split over devices."""
     spec = jax.typeof(x).sharding.spec
     free = [a for a in axes if a > 0 and spec[a] is None]
     if not free:
         return x
-    stride = min(STRIDE, x.shape[free[0]]) or 1
-    return lax.slice_in_dim(x, stride // 2, None, stride, axis=free[0])
+    length = x.shape[free[0]]
+    stride = max(1, min(STRIDE, length))
+    start = min(stride // 2, (length - 1) % stride)
+    return lax.slice_in_dim(x, start, None, stride, axis=free[0])
 
 
 def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Statistics:
