@@ -337,6 +337,37 @@ def bridge_to_linen(x):
     return y, averages["mean"], averages["var"]
 
 
+# NNX's transformations of functions that keep their state outside -----------------------------------------------------
+
+
+def nnx_of_function(transform, interface, x):
+    """The step of the pure functions or of Linen under one of NNX's transformations."""
+    axis_name = "r" if transform == "nnx.vmap" else None
+    state, step, averages = interface(axis_name)
+    if transform == "nnx.jit":
+        y, state = nnx.jit(step)(state, x)
+    elif transform == "nnx.vmap":
+        y, state = nnx.vmap(step, in_axes=(None, 0), out_axes=(0, None), axis_name="r")(state, x)
+    elif transform == "nnx.scan":
+        layers = jax.tree.map(lambda a: jnp.stack([a] * LAYERS), state)
+
+        def layer(x, state):
+            y, state = step(state, x)
+            return 2 * y, state
+
+        y, state = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(jnp.asarray(x), layers)
+    else:
+        inner = nnx.remat(step) if transform == "nnx.remat" else step
+
+        def loss(x, state):
+            y, state = inner(state, x)
+            return jnp.sum(jnp.sin(y)), (y, state)
+
+        gradient, (y, state) = nnx.grad(loss, has_aux=True)(jnp.asarray(x), state)
+        assert_close(gradient, exact_gradient(x), x.size)
+    return y, *averages(state)
+
+
 LIFTED = {
     ("nn.scan", "Linen"): linen_scan,
     ("nn.remat", "Linen"): linen_remat,
@@ -354,7 +385,16 @@ LIFTED = {
     ("nnx.bridge", "Linen"): bridge_to_nnx,
     ("nnx.bridge", "NNX"): bridge_to_linen,
 }
-CELLS = {(t, i): partial(run, make) for t, run in TRANSFORMATIONS.items() for i, make in INTERFACES.items()} | LIFTED
+NNX_OF_FUNCTIONS = {
+    (transform, interface): partial(nnx_of_function, transform, INTERFACES[interface])
+    for transform in ("nnx.jit", "nnx.grad", "nnx.vmap", "nnx.scan", "nnx.remat")
+    for interface in ("pure functions", "Linen")
+}
+CELLS = (
+    NNX_OF_FUNCTIONS
+    | LIFTED
+    | {(t, i): partial(run, make) for t, run in TRANSFORMATIONS.items() for i, make in INTERFACES.items()}
+)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=" of ".join)
