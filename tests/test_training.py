@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from checks import assert_close
 from jax.sharding import AxisType
@@ -329,15 +330,28 @@ def losses_in(out):
     return np.array([r["loss"] for r in records if r["kind"] == "train"], np.float32)
 
 
+def averages_in(out):
+    last = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    path = (out / "checkpoints" / str(last) / "state").absolute()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        written = checkpointer.metadata(path).item_metadata.tree
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), written)
+        return jax.device_get(checkpointer.restore(path, like)["batch_stats"])
+
+
 @pytest.mark.parametrize("road", ["jit", "shard_map"])
 def test_two_processes_of_two_devices(tmp_path, road):
-    """The same losses as one process with one device, over 24 steps, two of them on partial batches."""
+    """Losses and averages of one process with one device, over 24 steps, two of them on partial batches."""
     arguments = ("--epochs", 2, "--learning-rate", 0.02, "--road", road)
     running = processes(tmp_path / "two", *arguments)
     printed = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
     subprocess.run(**command(*arguments, "--devices", 1, "--out", tmp_path / "one"), check=True, capture_output=True)
     assert_close(losses_in(tmp_path / "two"), losses_in(tmp_path / "one"), 24**2 * 64 * 64)
+    two, one = (averages_in(tmp_path / name) for name in ("two", "one"))
+    assert len(jax.tree.leaves(one)) == 6
+    jax.tree.map(lambda a, b: assert_close(a, b, 24**2 * 64 * 64), two, one)
 
 
 def test_a_peer_that_dies_is_an_error_not_a_hang(tmp_path):

@@ -11,12 +11,14 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType
 from rich.console import Console
@@ -137,7 +139,8 @@ class Run:
         self.train, self.test = load(settings)
         self.steps = math.ceil(len(self.train.labels) / settings.batch_size)
         total = settings.epochs * self.steps
-        self.schedule = optax.cosine_onecycle_schedule(max(total, 4), settings.learning_rate)
+        schedule = optax.cosine_onecycle_schedule(max(total, 4), settings.learning_rate)
+        self.rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))
         self.model = _models.make_model(
             settings.model,
             num_classes=int(self.train.labels.max()) + 1,
@@ -146,7 +149,7 @@ class Run:
             momentum=settings.momentum,
             dtype=DTYPES[settings.dtype],
         )
-        optimizer = _steps.make_optimizer(settings.optimizer, self.schedule, weight_decay=settings.weight_decay)
+        optimizer = _steps.make_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)
         shape = self.train.images.shape[1:]
         self.state = _steps.init_state(self.model, optimizer, shape, seed=settings.seed, mesh=self.mesh)
         self.train_step = _steps.make_train_step(
@@ -184,32 +187,46 @@ class Run:
         if self.metrics:
             self.metrics.write(**values)
 
-    def epoch(self, number: int, progress: Progress, task: Any) -> dict[str, float]:
-        """Train on what is left of an epoch; return its metrics and those on the test images."""
-        done = int(self.state.step) - number * self.steps
-        history = []
+    def report(self, done: tuple[int, _steps.Metrics], progress: Progress, task: Any) -> None:
+        """Read the metrics of a step, which waits for it; refuse to go on from a loss that is not finite."""
+        step, sums = done
+        metrics, rate = _steps.mean_metrics([sums]), float(self.rates[step])
+        if not math.isfinite(metrics["loss"]):
+            raise SystemExit(
+                f"the loss is {metrics['loss']} at step {step + 1}, with a learning rate of {rate:.3g}; the last"
+                " checkpoint is whole. Try a lower --learning-rate, or a normalization if there is none"
+            )
+        self.record(kind="train", step=step + 1, learning_rate=rate, **metrics)
+        now = time.perf_counter()
+        speed, self.reported = self.settings.batch_size / (now - self.reported), now
+        progress.update(task, completed=step + 1, speed=f"{speed:.0f} images/s")
+
+    def train_epoch(self, number: int, progress: Progress, task: Any) -> dict[str, float]:
+        """Train on what is left of an epoch; return its metrics.
+
+        Each step is reported while the device works on the next, so that it never waits for the host.
+        """
+        done, every = int(self.state.step) - number * self.steps, self.settings.save_every
+        history: list[_steps.Metrics] = []
+        waiting: deque[tuple[int, _steps.Metrics]] = deque()
+        self.reported = time.perf_counter()
         for index, batch in enumerate(self.batches(self.train, self.settings.seed + 1 + number)):
             if index < done:
                 continue
-            started, step = time.perf_counter(), number * self.steps + index
             self.state, sums = self.train_step(self.state, batch)
-            metrics = _steps.mean_metrics([sums])
-            rate, speed = (
-                float(jnp.asarray(self.schedule(step))),
-                self.settings.batch_size / (time.perf_counter() - started),
-            )
-            if not math.isfinite(metrics["loss"]):
-                raise SystemExit(
-                    f"the loss is {metrics['loss']} at step {step + 1}, with a learning rate of {rate:.3g}; the last"
-                    " checkpoint is whole. Try a lower --learning-rate, or a normalization if there is none"
-                )
             history.append(sums)
-            self.record(kind="train", step=step + 1, learning_rate=rate, **metrics)
-            progress.update(task, completed=step + 1, speed=f"{speed:.0f} images/s")
-            every = self.settings.save_every
-            if every and (step + 1) % every == 0 and index + 1 < self.steps:
+            waiting.append((number * self.steps + index, sums))
+            last = index + 1 == self.steps
+            saving = bool(every) and (number * self.steps + index + 1) % every == 0 and not last
+            while len(waiting) > (0 if saving or last else 1):
+                self.report(waiting.popleft(), progress, task)
+            if saving:
                 self.save({"accuracy": -1.0})
-        fit = _steps.mean_metrics(history) if history else {"loss": math.nan, "accuracy": math.nan}
+        return _steps.mean_metrics(history) if history else {"loss": math.nan, "accuracy": math.nan}
+
+    def epoch(self, number: int, progress: Progress, task: Any) -> dict[str, float]:
+        """Train on what is left of an epoch; return its metrics and those on the test images."""
+        fit = self.train_epoch(number, progress, task)
         result = _steps.evaluate(self.eval_step, self.state, self.batches(self.test))
         moments = self.moments_step(self.state, next(self.batches(self.train, self.settings.seed)))
         values = {
