@@ -1,5 +1,6 @@
 """Normalization for JAX: one statistics engine, one differentiation rule, five normalizations."""
 
+from jaxnorm._activations import InvertibleActivation
 from jaxnorm._batch_norm import (
     RunningStats,
     batch_norm,
@@ -14,6 +15,7 @@ from jaxnorm._moments import Moments
 
 __version__ = "0.1.0"
 __all__ = [
+    "InvertibleActivation",
     "Moments",
     "RunningStats",
     "batch_norm",

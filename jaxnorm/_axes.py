@@ -118,6 +118,26 @@ def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
     return mask.reshape(aligned)
 
 
+def check_residual(function: str, residual: Any, x: jax.Array) -> jax.Array | None:
+    """An array like ``x`` that is added to its normalized values; in the dtype of the arithmetic."""
+    if residual is None:
+        return None
+    residual = as_input(function, "residual", residual)
+    if residual.shape != x.shape:
+        rule = f"residual must have the shape of x, {x.shape}"
+        fail(function, rule, {"shape": residual.shape})
+    if jnp.iscomplexobj(residual) and not jnp.iscomplexobj(x):
+        fail(function, "residual must be real where x is", {"dtype": str(residual.dtype)}, TypeError)
+    return residual
+
+
+def check_invertible_scale(function: str, scale: Any) -> None:
+    """Refuse a scale from which nothing can be recovered; one known only when compiled passes."""
+    if scale is not None and not isinstance(scale, Tracer) and not np.all(np.asarray(scale) != 0):
+        rule = "invertible needs a scale without zeros, from which the input can be recovered; start it at one"
+        fail(function, rule, {"zeros": int(np.sum(np.asarray(scale) == 0))})
+
+
 def check_number(function: str, name: str, value: Any, low: float, high: float) -> None:
     """Refuse a ``value`` that is not a real number in ``[low, high]``; one known only when compiled passes."""
     if isinstance(value, Tracer):

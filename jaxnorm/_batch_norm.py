@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm import _axes, _rule
+from jaxnorm._activations import Activation, After
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._moments import Moments, Reduction, Statistics, divisor, merge_stacked
 
@@ -136,6 +137,9 @@ def batch_norm(
     mask: jax.typing.ArrayLike | None = None,
     axis_name: AxisNames | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    activation: Activation = None,
+    residual: jax.typing.ArrayLike | None = None,
+    invertible: bool = False,
 ) -> tuple[jax.Array, Moments]:
     r"""Normalize every feature by the statistics of this batch: batch normalization as in training.
 
@@ -154,6 +158,11 @@ def batch_norm(
         normalized. What is masked out may be NaN.
       axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together.
       axis_index_groups: lists of replicas that together hold each once; each is normalized with its own list only.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows; where a scale is zero they are NaN.
 
     Returns:
       ``(y, batch)``: ``y`` in the shape and dtype of ``x``, and the `Moments` of the batch in the shape of the feature
@@ -178,7 +187,15 @@ def batch_norm(
     features = _axes.canonical_axes(function, "axis", axis, x.ndim)
     reduction = batch_reduction(function, x, features, axis_name, axis_index_groups)
     y, batch = _rule.normalize_by_own(
-        function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask
+        function,
+        x,
+        scale,
+        bias,
+        features=features,
+        reduction=reduction,
+        epsilon=epsilon,
+        mask=mask,
+        after=After(activation, residual, invertible),
     )
     return y, Moments(*(_axes.extract(m, features) for m in batch))
 
@@ -206,6 +223,9 @@ def normalize(
     *,
     axis: Axes = -1,
     epsilon: float = 1e-5,
+    activation: Activation = None,
+    residual: jax.typing.ArrayLike | None = None,
+    invertible: bool = False,
 ) -> jax.Array:
     r"""Normalize by statistics given: batch normalization as in inference.
 
@@ -219,6 +239,11 @@ def normalize(
       bias: beta, likewise; None for zero.
       axis: the feature axis, or several.
       epsilon: added to the variance, in the squared unit of ``x``.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows; where a scale is zero they are NaN.
 
     Returns:
       ``y`` in the shape and dtype of ``x``. Each value depends on its own input alone; replicas need not communicate.
@@ -244,7 +269,17 @@ def normalize(
             _axes.fail(function, f"{name} must be an array", {name: value}, TypeError)
     if jnp.iscomplexobj(var):
         _axes.fail(function, "var must be real", {"dtype": str(jnp.asarray(var).dtype)}, TypeError)
-    return _rule.normalize_by_given(function, x, mean, var, scale, bias, features=features, epsilon=epsilon)
+    return _rule.normalize_by_given(
+        function,
+        x,
+        mean,
+        var,
+        scale,
+        bias,
+        features=features,
+        epsilon=epsilon,
+        after=After(activation, residual, invertible),
+    )
 
 
 def init_running(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> RunningStats:

@@ -3,6 +3,7 @@
 import jax
 
 from jaxnorm import _axes, _rule
+from jaxnorm._activations import Activation, After
 from jaxnorm._axes import Axes
 from jaxnorm._moments import Reduction
 
@@ -15,6 +16,9 @@ def layer_norm(
     axis: Axes = -1,
     epsilon: float = 1e-6,
     mask: jax.typing.ArrayLike | None = None,
+    activation: Activation = None,
+    residual: jax.typing.ArrayLike | None = None,
+    invertible: bool = False,
 ) -> jax.Array:
     r"""Normalize every example by the statistics of its own features.
 
@@ -31,6 +35,11 @@ def layer_norm(
       epsilon: added to the variance, in the squared unit of ``x``.
       mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured; all values are
         normalized. What is masked out may be NaN.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows; where a scale is zero they are NaN.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -51,7 +60,15 @@ def layer_norm(
     features = _axes.canonical_axes("layer_norm", "axis", axis, x.ndim)
     reduction = Reduction(tuple(sorted(features)))
     return _rule.normalize_by_own(
-        "layer_norm", x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask
+        "layer_norm",
+        x,
+        scale,
+        bias,
+        features=features,
+        reduction=reduction,
+        epsilon=epsilon,
+        mask=mask,
+        after=After(activation, residual, invertible),
     )[0]
 
 
@@ -62,6 +79,9 @@ def rms_norm(
     axis: Axes = -1,
     epsilon: float = 1e-6,
     mask: jax.typing.ArrayLike | None = None,
+    activation: Activation = None,
+    residual: jax.typing.ArrayLike | None = None,
+    invertible: bool = False,
 ) -> jax.Array:
     r"""Divide every example by the root mean square of its own features.
 
@@ -76,6 +96,11 @@ def rms_norm(
       epsilon: added to the mean square, in the squared unit of ``x``.
       mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured; all values are
         normalized. What is masked out may be NaN.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows; where a scale is zero they are NaN.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -96,7 +121,15 @@ def rms_norm(
     features = _axes.canonical_axes("rms_norm", "axis", axis, x.ndim)
     reduction = Reduction(tuple(sorted(features)), centered=False)
     return _rule.normalize_by_own(
-        "rms_norm", x, scale, None, features=features, reduction=reduction, epsilon=epsilon, mask=mask
+        "rms_norm",
+        x,
+        scale,
+        None,
+        features=features,
+        reduction=reduction,
+        epsilon=epsilon,
+        mask=mask,
+        after=After(activation, residual, invertible),
     )[0]
 
 
@@ -109,6 +142,9 @@ def group_norm(
     axis: int = -1,
     epsilon: float = 1e-6,
     mask: jax.typing.ArrayLike | None = None,
+    activation: Activation = None,
+    residual: jax.typing.ArrayLike | None = None,
+    invertible: bool = False,
 ) -> jax.Array:
     r"""Normalize every example by the statistics of groups of neighbouring channels.
 
@@ -126,6 +162,11 @@ def group_norm(
       epsilon: added to the variance, in the squared unit of ``x``.
       mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured; all values are
         normalized. What is masked out may be NaN.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows; where a scale is zero they are NaN.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -152,7 +193,15 @@ def group_norm(
     axes = tuple(a for a in range(1, x.ndim) if a != channel)
     reduction = Reduction(axes, channel_groups=(channel, num_groups))
     return _rule.normalize_by_own(
-        function, x, scale, bias, features=(channel,), reduction=reduction, epsilon=epsilon, mask=mask
+        function,
+        x,
+        scale,
+        bias,
+        features=(channel,),
+        reduction=reduction,
+        epsilon=epsilon,
+        mask=mask,
+        after=After(activation, residual, invertible),
     )[0]
 
 
@@ -164,6 +213,9 @@ def instance_norm(
     axis: Axes = -1,
     epsilon: float = 1e-6,
     mask: jax.typing.ArrayLike | None = None,
+    activation: Activation = None,
+    residual: jax.typing.ArrayLike | None = None,
+    invertible: bool = False,
 ) -> jax.Array:
     r"""Normalize every channel of every example by its own statistics.
 
@@ -179,6 +231,11 @@ def instance_norm(
       epsilon: added to the variance, in the squared unit of ``x``.
       mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured; all values are
         normalized. What is masked out may be NaN.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows; where a scale is zero they are NaN.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -200,5 +257,13 @@ def instance_norm(
     features = _axes.check_example_features("instance_norm", axis, x)
     axes = tuple(a for a in range(1, x.ndim) if a not in features)
     return _rule.normalize_by_own(
-        "instance_norm", x, scale, bias, features=features, reduction=Reduction(axes), epsilon=epsilon, mask=mask
+        "instance_norm",
+        x,
+        scale,
+        bias,
+        features=features,
+        reduction=Reduction(axes),
+        epsilon=epsilon,
+        mask=mask,
+        after=After(activation, residual, invertible),
     )[0]

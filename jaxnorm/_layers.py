@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxnorm import _axes, _rule
+from jaxnorm._activations import After
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._batch_norm import RunningStats, batch_reduction, update_running
 from jaxnorm._moments import Moments, Reduction
@@ -98,6 +99,7 @@ def normalize(
     epsilon: float,
     mask: Any,
     dtype: Any,
+    after: After,
     channel_groups: tuple[int, int] | None = None,
     centered: bool = True,
 ) -> jax.Array:
@@ -105,7 +107,16 @@ def normalize(
     names, groups = _axes.check_replicas(function, *replicas)
     reduction = Reduction(axes, channel_groups, names, groups, centered)
     return _rule.normalize_by_own(
-        function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask, dtype=dtype
+        function,
+        x,
+        scale,
+        bias,
+        features=features,
+        reduction=reduction,
+        epsilon=epsilon,
+        mask=mask,
+        dtype=dtype,
+        after=after,
     )[0]
 
 
@@ -125,6 +136,7 @@ def batch_norm(
     epsilon: float,
     mask: Any,
     dtype: Any,
+    after: After,
 ) -> tuple[jax.Array, Moments | None, RunningStats | None]:
     """The output of a batch normalization layer, the moments of the batch if measured, and averages if they change.
 
@@ -143,17 +155,14 @@ def batch_norm(
     else:
         reduction = batch_reduction(function, x, features, *replicas)
 
+    ends: dict[str, Any] = {"features": features, "epsilon": epsilon, "dtype": dtype, "after": after}
     if use_running_average:
         if not initializing:
             warn_if_never_updated(running)
-        y = _rule.normalize_by_given(
-            function, x, running.mean, running.var, scale, bias, features=features, epsilon=epsilon, dtype=dtype
-        )
+        y = _rule.normalize_by_given(function, x, running.mean, running.var, scale, bias, **ends)
         batch = _rule.moments(x, _axes.check_mask(function, mask, x), reduction) if update else None
     else:
-        y, batch = _rule.normalize_by_own(
-            function, x, scale, bias, features=features, reduction=reduction, epsilon=epsilon, mask=mask, dtype=dtype
-        )
+        y, batch = _rule.normalize_by_own(function, x, scale, bias, reduction=reduction, mask=mask, **ends)
     if batch is None:
         return y, None, None
     batch = Moments(*(jax.lax.stop_gradient(_axes.extract(m, features)) for m in batch))

@@ -17,12 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnorm import _axes
+
 GATHER_LIMIT = 32
 """Up to so many replicas exchange their moments in one collective, each in a slot of its own; more of them agree on a
 center first, so that what is exchanged does not grow with their number."""
 
-STRIDE = 16
+STRIDE = 64
 """The center is the mean of one position in so many of the data."""
+
+STRIDE_ALONG_LAST = 16
+"""The same, where the last axis alone is reduced."""
 
 
 class Moments(NamedTuple):
@@ -138,35 +143,46 @@ def count_over(sums: jax.Array, x: jax.Array, weights: jax.Array | None, axes: t
 
 
 def sliced(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """One position in sixteen, or more, of the first reduced axis that is neither the batch nor split over devices."""
-    spec = jax.typeof(x).sharding.spec
+    """One position in 64, or more, of the reduced axes that are neither the batch nor split over devices.
+
+    The positions are spread over all of those axes, except along the last, of which a part is read in one piece, since
+    memory is read in lines.
+    """
+    spec, last = jax.typeof(x).sharding.spec, x.ndim - 1
     free = [a for a in axes if a > 0 and spec[a] is None]
-    if not free:
-        return x
-    length = x.shape[free[0]]
-    stride = max(1, min(STRIDE, length))
-    start = min(stride // 2, (length - 1) % stride)
-    return lax.slice_in_dim(x, start, None, stride, axis=free[0])
+    if free == [last]:
+        length = x.shape[last]
+        size = -(-length // STRIDE_ALONG_LAST)
+        return lax.slice_in_dim(x, (length - size) // 2, (length + size) // 2, axis=last)
+    free = [a for a in free if a != last]
+    starts, strides = [0] * x.ndim, [1] * x.ndim
+    for a in free:
+        strides[a] = max(1, min(int(STRIDE ** (1 / len(free))), x.shape[a]))
+        starts[a] = min(strides[a] // 2, (x.shape[a] - 1) % strides[a])
+    return lax.slice(x, starts, x.shape, strides)
 
 
-def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Statistics:
+def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reduction, once: bool) -> Statistics:
     """The statistics of one array over ``reduction.axes``, shifted by the mean of a slice.
 
     If the slice is a fraction f of the data, its mean K is never further from the mean than the square root of var / f,
     so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation, for any data; what the
     sums themselves lose is besides. A weighted slice could be empty, so with weights, or where there is no axis to
-    slice, the slice is everything.
+    slice, the slice is everything. So it is, unless ``once`` is enough, where rows are reduced that lie in one piece:
+    they can stay on the chip and be read twice.
     """
-    axes = reduction.axes
+    axes, dtype = reduction.axes, _axes.statistics_dtype(x.dtype)
     if not reduction.centered:
-        total = sum_over(weigh(abs_sq(x), weights), axes)
-        count, zero = count_over(total, x, weights, axes), jnp.zeros_like(total, x.dtype)
+        total = sum_over(weigh(abs_sq(x.astype(dtype)), weights), axes)
+        count, zero = count_over(total, x, weights, axes), jnp.zeros_like(total, dtype)
         return Statistics(count, zero, zero, total / divisor(count))
 
-    part = sliced(x, axes) if weights is None else x
-    total = sum_over(weigh(part, weights), axes)
+    whole = weights is not None or (not once and x.ndim - 1 in axes)
+    part = x if whole else sliced(x, axes)
+    total = sum_over(weigh(part.astype(dtype), weights), axes)
     center = settle(total / divisor(count_over(total, part, weights, axes)))
 
+    x = x.astype(dtype)
     shifted = x - center if weights is None else jnp.where(measured(weights), x - center, 0)
     count = count_over(total, x, weights, axes)
     offset = sum_over(weigh(shifted, weights), axes) / divisor(count)

@@ -10,16 +10,19 @@ whichever way the statistics themselves were computed. The rest, y = (x - mean) 
 by jax; the transpose of the two together is the textbook backward pass, with two sums over the data and one collective.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
 
 from jaxnorm import _axes
+from jaxnorm._activations import NOTHING, After, check_activation, identity, inverse_of
 from jaxnorm._moments import (
     Moments,
     Reduction,
@@ -37,14 +40,30 @@ from jaxnorm._moments import (
     weigh,
 )
 
-STATISTICS = "jaxnorm_stats"
-"""The name of the statistics in a ``jax.checkpoint`` policy."""
+STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
+"""Names in a ``jax.checkpoint`` policy: of the statistics, and of an output from which the input can be recovered."""
 
-_save_only_statistics = partial(
+_save_only_named = partial(
     jax.checkpoint,  # pyright: ignore[reportPrivateImportUsage]
-    policy=jax.checkpoint_policies.save_only_these_names(STATISTICS),
+    policy=jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT),
     prevent_cse=False,
 )
+
+
+class Ends(NamedTuple):
+    """What happens between the statistics and the output. Hashable, so that it can be static under ``jit``.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the output.
+      activation: applied last, to what has the dtype of the output.
+      inverse: of the activation, where the input is to be recovered from the output for the backward pass; or None.
+    """
+
+    epsilon: float
+    dtype: Any
+    activation: Callable[[jax.Array], jax.Array]
+    inverse: Callable[[jax.Array], jax.Array] | None
 
 
 def _named(statistics: Statistics) -> Statistics:
@@ -56,10 +75,15 @@ def _named(statistics: Statistics) -> Statistics:
     return Statistics(*map(name, statistics))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Statistics:
-    """The statistics of ``x``. Of the two parts of the mean, only ``offset`` is differentiated."""
-    statistics = measure_locally(x, weights, reduction)
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def measure(
+    x: jax.Array, stored: jax.Array, weights: jax.Array | None, reduction: Reduction, differentiated: bool = False
+) -> Statistics:
+    """The statistics of ``x``. Of the two parts of the mean, only ``offset`` is differentiated.
+
+    They are read from ``stored``, which is ``x`` in its own dtype and without derivative.
+    """
+    statistics = measure_locally(stored, weights, reduction, once=differentiated)
     if reduction.channel_groups:
         statistics = merge(statistics, total_over_channels(reduction))
     if reduction.axis_name:
@@ -68,19 +92,29 @@ def measure(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> St
 
 
 @partial(measure.defjvp, symbolic_zeros=True)
-def _measure_tangent(reduction, primals, tangents):
-    x, weights = primals
-    t, t_weights = tangents
-    statistics = _named(measure(x, weights, reduction))
-    count, center, offset, var = statistics
-    centered = (x - center) - offset
+def _measure_tangent(reduction, _, primals, tangents):
+    x, stored, weights = primals
+    t, _, t_weights = tangents
+    statistics = _named(measure(x, stored, weights, reduction, True))
+    centered = x - statistics.center - statistics.offset if reduction.centered else x
+    return statistics, _tangent(statistics, centered, t, weights, t_weights, reduction)
 
-    first = second = jnp.zeros_like(x)
-    if not isinstance(t, SymbolicZero):
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero) or tangent is None or tangent.dtype == float0
+
+
+def _tangent(
+    statistics: Statistics, centered: jax.Array, t: Any, weights: jax.Array | None, t_weights: Any, reduction: Reduction
+) -> Statistics:
+    """The tangent of ``statistics``; ``t`` is that of the values, which lie ``centered`` about their mean."""
+    count, _, offset, var = statistics
+    first = second = jnp.zeros_like(centered)
+    if not _is_zero(t):
         first, second = weigh(t, weights), 2 * weigh((centered.conj() * t).real, weights)
     values = (first, second)
-    if weights is not None and not isinstance(t_weights, SymbolicZero):
-        t_weights = jnp.broadcast_to(t_weights, x.shape)
+    if weights is not None and not _is_zero(t_weights):
+        t_weights = jnp.broadcast_to(t_weights, centered.shape)
         values = (first + t_weights * centered, second.real + t_weights * (abs_sq(centered) - var), t_weights)
 
     sums = _total(values, reduction)
@@ -88,7 +122,7 @@ def _measure_tangent(reduction, primals, tangents):
     t_count = sums[2] if len(sums) > 2 else jnp.zeros_like(count)
     if not reduction.centered:
         t_mean = jnp.zeros_like(offset)
-    return statistics, Statistics(t_count, jnp.zeros_like(center), t_mean, t_var)
+    return Statistics(t_count, jnp.zeros_like(statistics.center), t_mean, t_var)
 
 
 def _total(values: tuple[jax.Array, ...], reduction: Reduction) -> tuple[jax.Array, ...]:
@@ -111,27 +145,96 @@ def _affine(
     statistics: Statistics,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    centered: bool,
     epsilon: float,
 ) -> jax.Array:
-    """``(x - mean) * rsqrt(var + epsilon) * scale + bias``, in the fewest steps over the data."""
+    """``(x - mean) * rsqrt(var + epsilon) * scale + bias + residual``, in the fewest steps over the data."""
     _, center, offset, var = statistics
+    rstd = lax.rsqrt(var + epsilon)
+    if not centered and bias is None:
+        z = x * rstd if scale is None else x * (rstd * scale)
+        return z if residual is None else z + residual
     scale = jnp.ones_like(var) if scale is None else scale
     bias = jnp.zeros_like(scale) if bias is None else bias
 
-    rstd = lax.rsqrt(var + epsilon)
     rstd, shift = vary((rstd, -offset * rstd), scale, bias)
     scale, bias = vary((scale, bias), rstd)
     if jnp.broadcast_shapes(scale.shape, rstd.shape) == rstd.shape:  # both are small: one multiplication and one sum
         multiplier, constant = vary((rstd * scale, shift * scale + bias), x)
-        return (x - center) * multiplier + constant
-    scale, bias = vary((scale, bias), x)
-    return ((x - center) * rstd + shift) * scale + bias
+        z = (x - center) * multiplier + constant
+    else:
+        scale, bias = vary((scale, bias), x)
+        z = ((x - center) * rstd + shift) * scale + bias
+    return z if residual is None else z + residual
+
+
+def _unaffine(
+    z: jax.Array,
+    statistics: Statistics,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    epsilon: float,
+) -> jax.Array:
+    """``x - mean``, from what `_affine` made of it."""
+    z = z if residual is None else z - residual
+    z = z if bias is None else z - bias
+    z = z if scale is None else z / scale
+    return z * jnp.sqrt(statistics.var + epsilon)
 
 
 def _prepare(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     """``x`` in the dtype of the arithmetic; what is masked out may hold anything, so NaN and inf there become zero."""
     x = x.astype(_axes.statistics_dtype(x.dtype))
     return x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
+
+
+def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction | None, ends: Ends):
+    """The output, and the statistics: those ``given``, or where there is a ``reduction``, those of ``x``."""
+    values = _prepare(x, weights)
+    statistics = given if reduction is None else measure(values, lax.stop_gradient(x), weights, reduction)
+    statistics = _constant_center(statistics)
+    centered = reduction is None or reduction.centered
+    z = _affine(values, statistics, scale, bias, residual, centered=centered, epsilon=ends.epsilon)
+    y = ends.activation(z.astype(ends.dtype))
+    if (y.shape, y.dtype) != (z.shape, ends.dtype):
+        expected = f"{z.shape} and {ends.dtype}"
+        raise ValueError(f"activation must keep shape and dtype, {expected}; got {y.shape} and {y.dtype}.")
+    return y, statistics
+
+
+_invertibly_normalized = jax.custom_jvp(_normalized, nondiff_argnums=(6, 7))
+
+
+@_invertibly_normalized.defjvp
+def _normalized_tangent(reduction, ends, primals, tangents):
+    """That of `_normalized`, from its output alone (Rota Bulo et al., "In-Place Activated BatchNorm", 2018).
+
+    What is recovered is the input less its mean, on which nothing depends.
+    """
+    _, weights, _, scale, bias, residual = primals
+    t, t_weights, t_statistics, *t_parameters = tangents
+    y, statistics = _invertibly_normalized(*primals, reduction, ends)
+    y, statistics = checkpoint_name(y, OUTPUT), _named(statistics)
+    z = ends.inverse(_fence(y).astype(statistics.offset.dtype))
+    centered = _unaffine(z, statistics, scale, bias, residual, ends.epsilon)
+    t = t.astype(centered.dtype)
+    if reduction is not None:
+        t_statistics = _tangent(statistics, centered, t, weights, t_weights, reduction)
+
+    at_zero = statistics._replace(center=jnp.zeros_like(centered, shape=()), offset=jnp.zeros_like(statistics.offset))
+    t_at_zero = t_statistics._replace(center=jnp.zeros_like(at_zero.center))
+    affine = partial(_affine, centered=reduction is None or reduction.centered, epsilon=ends.epsilon)
+    _, t_z = jax.jvp(affine, (centered, at_zero, scale, bias, residual), (t, t_at_zero, *t_parameters))
+    _, t_y = jax.jvp(lambda z: ends.activation(z).astype(ends.dtype), (z,), (t_z,))
+    return (y, statistics), (_fence(t_y), t_statistics)
+
+
+def _fence(value: jax.Array) -> jax.Array:
+    """``value``, of which XLA cannot, on a GPU, compute and store in the forward pass what the backward pass needs."""
+    return lax.platform_dependent(value, cuda=lax.optimization_barrier, default=identity)
 
 
 def _moments(statistics: Statistics) -> Moments:
@@ -142,58 +245,39 @@ def _moments(statistics: Statistics) -> Moments:
 def moments(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Moments:
     """The moments of ``x`` over ``reduction``, reduced axes kept with size one."""
 
-    @_save_only_statistics
+    @_save_only_named
     def run(x, weights):
-        return _moments(_constant_center(measure(_prepare(x, weights), weights, reduction)))
+        values = _prepare(x, weights)
+        return _moments(_constant_center(measure(values, lax.stop_gradient(x), weights, reduction)))
 
     return run(x, weights)
 
 
-@partial(jax.jit, static_argnames=("reduction", "epsilon", "dtype"), inline=True)
+@partial(jax.jit, static_argnames=("reduction", "ends"), inline=True)
 def standardize(
     x: jax.Array,
     weights: jax.Array | None,
+    given: Statistics | None,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    residual: jax.Array | None,
     *,
-    reduction: Reduction,
-    epsilon: float,
-    dtype: Any,
+    reduction: Reduction | None,
+    ends: Ends,
 ) -> tuple[jax.Array, Moments]:
-    """Normalize ``x`` by its own statistics. All arguments have the rank of ``x``.
+    """Normalize ``x`` by statistics ``given`` or by its own over ``reduction``. All arguments have the rank of ``x``.
 
-    For the backward pass ``x`` is kept, in its own dtype, with the statistics; the rest is recomputed.
+    For the backward pass ``x`` is kept, in its own dtype, with the statistics; the rest is recomputed. Where there is
+    an inverse, the output is kept in its place.
     """
+    normalized = _normalized if ends.inverse is None else _invertibly_normalized
 
-    @_save_only_statistics
-    def run(x, weights, scale, bias):
-        x = _prepare(x, weights)
-        statistics = _constant_center(measure(x, weights, reduction))
-        return _affine(x, statistics, scale, bias, epsilon).astype(dtype), _moments(statistics)
+    @_save_only_named
+    def run(x, weights, given, scale, bias, residual):
+        y, statistics = normalized(x, weights, given, scale, bias, residual, reduction, ends)
+        return y, _moments(statistics)
 
-    return run(x, weights, scale, bias)
-
-
-@partial(jax.jit, static_argnames=("epsilon", "dtype"), inline=True)
-def standardize_by(
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    *,
-    epsilon: float,
-    dtype: Any,
-) -> jax.Array:
-    """Normalize ``x`` by statistics given. All arguments have the rank of ``x``."""
-
-    @_save_only_statistics
-    def run(x, mean, var, scale, bias):
-        center = lax.stop_gradient(mean)
-        statistics = Statistics(jnp.ones_like(var), center, mean - center, var)
-        return _affine(_prepare(x, None), statistics, scale, bias, epsilon).astype(dtype)
-
-    return run(x, mean, var, scale, bias)
+    return run(x, weights, given, scale, bias, residual)
 
 
 def normalize_by_own(
@@ -207,17 +291,14 @@ def normalize_by_own(
     epsilon: Any,
     mask: Any = None,
     dtype: Any = None,
+    after: After = NOTHING,
 ) -> tuple[jax.Array, Moments]:
     """Check the arguments of ``function``; `standardize` by them. The moments keep the rank of ``x``."""
-    return standardize(
-        x,
-        _axes.check_mask(function, mask, x),
-        _axes.check_parameter(function, "scale", scale, features, x),
-        _axes.check_parameter(function, "bias", bias, features, x),
-        reduction=reduction,
-        epsilon=_axes.check_epsilon(function, epsilon),
-        dtype=x.dtype if dtype is None else dtype,
-    )
+    weights = _axes.check_mask(function, mask, x)
+    parameters = _parameters(function, x, features, scale=scale, bias=bias)
+    residual = _axes.check_residual(function, after.residual, x)
+    ends = _ends(function, x, scale, epsilon, dtype, after)
+    return standardize(x, weights, None, *parameters, residual, reduction=reduction, ends=ends)
 
 
 def normalize_by_given(
@@ -231,12 +312,25 @@ def normalize_by_given(
     features: tuple[int, ...],
     epsilon: Any,
     dtype: Any = None,
+    after: After = NOTHING,
 ) -> jax.Array:
-    """Check the arguments of ``function``; `standardize_by` them."""
-    named = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    return standardize_by(
-        x,
-        *(_axes.check_parameter(function, name, value, features, x) for name, value in named.items()),
-        epsilon=_axes.check_epsilon(function, epsilon),
-        dtype=x.dtype if dtype is None else dtype,
-    )
+    """Check the arguments of ``function``; `standardize` by them."""
+    mean, var, *parameters = _parameters(function, x, features, mean=mean, var=var, scale=scale, bias=bias)
+    residual = _axes.check_residual(function, after.residual, x)
+    ends = _ends(function, x, scale, epsilon, dtype, after)
+    center = lax.stop_gradient(mean)
+    given = Statistics(jnp.ones_like(var), center, mean - center, var)
+    return standardize(x, None, given, *parameters, residual, reduction=None, ends=ends)[0]
+
+
+def _parameters(function: str, x: jax.Array, features: tuple[int, ...], **named: Any) -> list[Any]:
+    return [_axes.check_parameter(function, name, value, features, x) for name, value in named.items()]
+
+
+def _ends(function: str, x: jax.Array, scale: Any, epsilon: Any, dtype: Any, after: After) -> Ends:
+    epsilon, dtype = _axes.check_epsilon(function, epsilon), x.dtype if dtype is None else dtype
+    activation, inverse = check_activation(function, after.activation), None
+    if after.invertible:
+        _axes.check_invertible_scale(function, scale)
+        inverse = inverse_of(function, after.activation)
+    return Ends(epsilon, dtype, activation, inverse)

@@ -8,6 +8,7 @@ changes. What Flax lacks comes after what it has:
 - ``axis_name`` may be several mapped axes, ``axis_index_groups`` work under ``shard_map`` and ``vmap``, and neither is
   needed at initialization;
 - ``trainable=False`` keeps gradients from scale and bias, at construction or per call;
+- ``activation`` and ``residual`` are applied without being stored, ``invertible=True`` stores the output only;
 - `BatchNorm` has ``momentum=None``, ``unbiased`` and ``update_running_average``; `GroupNorm` has ``axis``.
 
 ``use_fast_variance`` and ``force_float32_reductions`` choose between algorithms in Flax. Here there is one: either
@@ -24,6 +25,7 @@ from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxnorm import _layers
+from jaxnorm._activations import Activation, After
 from jaxnorm._axes import Axes, AxisNames
 
 Groups = Sequence[Sequence[int]]
@@ -59,7 +61,7 @@ class _Layer(nn.Module):
             return _layers.Replicas(None, None)
         return _layers.Replicas(layer.axis_name, layer.axis_index_groups)
 
-    def _normalize(self, x, scale, bias, mask, **reduction) -> jax.Array:
+    def _normalize(self, x, scale, bias, mask, residual, **reduction) -> jax.Array:
         layer: Any = self
         return _layers.normalize(
             type(self).__name__,
@@ -70,6 +72,7 @@ class _Layer(nn.Module):
             epsilon=layer.epsilon,
             mask=mask,
             dtype=canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
+            after=After(layer.activation, residual, layer.invertible),
             **reduction,
         )
 
@@ -107,6 +110,8 @@ class BatchNorm(_Layer):
       unbiased: average the unbiased variance, as PyTorch does.
       update_running_average: None to update them when they are not used. With False no collection needs to be mutable.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -136,6 +141,8 @@ class BatchNorm(_Layer):
     unbiased: bool = False
     update_running_average: bool | None = None
     trainable: bool = True
+    activation: Activation = None
+    invertible: bool = False
 
     @nn.compact
     def __call__(
@@ -146,6 +153,7 @@ class BatchNorm(_Layer):
         mask: jax.typing.ArrayLike | None = None,
         update_running_average: bool | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``; the other arguments are as the attributes of that name, and override them.
 
@@ -155,6 +163,7 @@ class BatchNorm(_Layer):
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           update_running_average: None for the attribute.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -185,6 +194,7 @@ class BatchNorm(_Layer):
             epsilon=self.epsilon,
             mask=mask,
             dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            after=After(self.activation, residual, self.invertible),
         )
         for average, new in zip(averages, running or (), strict=False):
             average.value = new
@@ -213,6 +223,8 @@ class LayerNorm(_Layer):
       use_fast_variance: either choice gives the stable statistics.
       force_float32_reductions: either choice gives statistics in float32 at least.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -235,6 +247,8 @@ class LayerNorm(_Layer):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     trainable: bool = True
+    activation: Activation = None
+    invertible: bool = False
 
     @nn.compact
     def __call__(
@@ -243,6 +257,7 @@ class LayerNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -250,6 +265,7 @@ class LayerNorm(_Layer):
           x: array of any shape with the axes named by the attributes.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -258,7 +274,7 @@ class LayerNorm(_Layer):
         features = _layers.sorted_axes("LayerNorm", "feature_axes", self.feature_axes, x.ndim)
         axes = _layers.sorted_axes("LayerNorm", "reduction_axes", self.reduction_axes, x.ndim)
         scale, bias = self._parameters(tuple(x.shape[a] for a in features), trainable)
-        return self._normalize(x, scale, bias, mask, features=features, axes=axes)
+        return self._normalize(x, scale, bias, mask, residual, features=features, axes=axes)
 
 
 class RMSNorm(_Layer):
@@ -279,6 +295,8 @@ class RMSNorm(_Layer):
       use_fast_variance: either choice gives the same.
       force_float32_reductions: either choice gives statistics in float32 at least.
       trainable: whether the scale receives gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -299,6 +317,8 @@ class RMSNorm(_Layer):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     trainable: bool = True
+    activation: Activation = None
+    invertible: bool = False
 
     @nn.compact
     def __call__(
@@ -307,6 +327,7 @@ class RMSNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -314,6 +335,7 @@ class RMSNorm(_Layer):
           x: array of any shape with the axes named by the attributes.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -322,7 +344,7 @@ class RMSNorm(_Layer):
         features = _layers.sorted_axes("RMSNorm", "feature_axes", self.feature_axes, x.ndim)
         axes = _layers.sorted_axes("RMSNorm", "reduction_axes", self.reduction_axes, x.ndim)
         scale, _ = self._parameters(tuple(x.shape[a] for a in features), trainable)
-        return self._normalize(x, scale, None, mask, features=features, axes=axes, centered=False)
+        return self._normalize(x, scale, None, mask, residual, features=features, axes=axes, centered=False)
 
 
 class GroupNorm(_Layer):
@@ -347,6 +369,8 @@ class GroupNorm(_Layer):
       force_float32_reductions: either choice gives statistics in float32 at least.
       axis: the channel axis.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -372,6 +396,8 @@ class GroupNorm(_Layer):
     force_float32_reductions: bool = True
     axis: int = -1
     trainable: bool = True
+    activation: Activation = None
+    invertible: bool = False
 
     @nn.compact
     def __call__(
@@ -380,6 +406,7 @@ class GroupNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -387,6 +414,7 @@ class GroupNorm(_Layer):
           x: array of shape ``(batch, ...)`` with the channels on ``axis``.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -400,7 +428,9 @@ class GroupNorm(_Layer):
         groups = _layers.group_count("GroupNorm", self.num_groups, self.group_size, channels)
         axes = _layers.group_axes("GroupNorm", channel, self.reduction_axes, x.ndim)
         scale, bias = self._parameters((channels,), trainable)
-        return self._normalize(x, scale, bias, mask, features=(channel,), axes=axes, channel_groups=(channel, groups))
+        return self._normalize(
+            x, scale, bias, mask, residual, features=(channel,), axes=axes, channel_groups=(channel, groups)
+        )
 
 
 class InstanceNorm(_Layer):
@@ -422,6 +452,8 @@ class InstanceNorm(_Layer):
       use_fast_variance: either choice gives the stable statistics.
       force_float32_reductions: either choice gives statistics in float32 at least.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -444,6 +476,8 @@ class InstanceNorm(_Layer):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     trainable: bool = True
+    activation: Activation = None
+    invertible: bool = False
 
     @nn.compact
     def __call__(
@@ -452,6 +486,7 @@ class InstanceNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -459,6 +494,7 @@ class InstanceNorm(_Layer):
           x: array of shape ``(batch, ...)``.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -467,4 +503,4 @@ class InstanceNorm(_Layer):
         features = _layers.sorted_axes("InstanceNorm", "feature_axes", self.feature_axes, x.ndim)
         axes = _layers.instance_axes("InstanceNorm", features, x.ndim)
         scale, bias = self._parameters(tuple(x.shape[a] for a in features), trainable)
-        return self._normalize(x, scale, bias, mask, features=features, axes=axes)
+        return self._normalize(x, scale, bias, mask, residual, features=features, axes=axes)

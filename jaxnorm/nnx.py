@@ -8,6 +8,7 @@ changes. What Flax lacks:
 - ``mask`` may have any shape that broadcasts, and be boolean or real weights;
 - ``axis_name`` may be several mapped axes, and ``axis_index_groups`` work under ``shard_map`` and ``vmap``;
 - ``trainable=False`` keeps gradients from scale and bias, at construction, by ``nnx.view`` or per call;
+- ``activation`` and ``residual`` are applied without being stored, ``invertible=True`` stores the output only;
 - `BatchNorm` has ``momentum=None``, ``unbiased`` and ``update_running_average``; `GroupNorm` has ``axis``.
 
 ``use_fast_variance`` chooses between algorithms in Flax. Here there is one: either choice gives the stable statistics,
@@ -27,6 +28,7 @@ from flax.nnx.nn import dtypes
 from flax.nnx.nn.initializers import ones_init, zeros_init
 
 from jaxnorm import _layers
+from jaxnorm._activations import Activation, After
 from jaxnorm._axes import Axes, AxisNames
 
 Groups = Sequence[Sequence[int]]
@@ -50,6 +52,8 @@ class _Layer(nnx.Module):
     axis_name: AxisNames | None
     axis_index_groups: Groups | None
     trainable: bool
+    activation: Activation
+    invertible: bool
 
     def _create(self, rngs, param_dtype, scale, bias, **settings) -> None:
         """Keep ``settings``; make scale and bias from (used, initializer, metadata)."""
@@ -86,7 +90,7 @@ class _Layer(nnx.Module):
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         return _layers.as_input(x), self._fit(scale, shape), self._fit(bias, shape), dtype
 
-    def _normalize(self, x, features, axes, mask, trainable, **reduction) -> jax.Array:
+    def _normalize(self, x, features, axes, mask, trainable, residual, **reduction) -> jax.Array:
         x, scale, bias, dtype = self._promoted(x, tuple(x.shape[a] for a in features), trainable)
         return _layers.normalize(
             type(self).__name__,
@@ -99,6 +103,7 @@ class _Layer(nnx.Module):
             epsilon=self.epsilon,
             mask=mask,
             dtype=dtype,
+            after=After(self.activation, residual, self.invertible),
             **reduction,
         )
 
@@ -146,6 +151,8 @@ class BatchNorm(_Layer):
       unbiased: average the unbiased variance, as PyTorch does.
       update_running_average: None to update them when they are not used.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -181,6 +188,8 @@ class BatchNorm(_Layer):
         unbiased: bool = False,
         update_running_average: bool | None = None,
         trainable: bool = True,
+        activation: Activation = None,
+        invertible: bool = False,
     ) -> None:
         self._create(
             rngs,
@@ -195,6 +204,8 @@ class BatchNorm(_Layer):
             use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             trainable=trainable,
+            activation=activation,
+            invertible=invertible,
         )
         self.use_running_average = use_running_average
         self.axis = axis
@@ -214,6 +225,7 @@ class BatchNorm(_Layer):
         mask: jax.typing.ArrayLike | None = None,
         update_running_average: bool | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``; the other arguments are as the attributes of that name, and override them.
 
@@ -223,6 +235,7 @@ class BatchNorm(_Layer):
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           update_running_average: None for the attribute.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -251,6 +264,7 @@ class BatchNorm(_Layer):
             epsilon=self.epsilon,
             mask=mask,
             dtype=dtype,
+            after=After(self.activation, residual, self.invertible),
         )
         for average, new in zip(averages, running or (), strict=False):
             average[...] = new.reshape(self._shape)
@@ -300,6 +314,8 @@ class LayerNorm(_Layer):
       bias_metadata: metadata of the bias.
       scale_metadata: metadata of the scale.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -330,6 +346,8 @@ class LayerNorm(_Layer):
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
         trainable: bool = True,
+        activation: Activation = None,
+        invertible: bool = False,
     ) -> None:
         self._create(
             rngs,
@@ -344,6 +362,8 @@ class LayerNorm(_Layer):
             use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             trainable=trainable,
+            activation=activation,
+            invertible=invertible,
         )
         self.reduction_axes = reduction_axes
         self.feature_axes = feature_axes
@@ -354,6 +374,7 @@ class LayerNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -361,6 +382,7 @@ class LayerNorm(_Layer):
           x: array of any shape with the axes named at construction.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -370,7 +392,7 @@ class LayerNorm(_Layer):
         """
         features = _layers.sorted_axes("LayerNorm", "feature_axes", self.feature_axes, jnp.ndim(x))
         axes = _layers.sorted_axes("LayerNorm", "reduction_axes", self.reduction_axes, jnp.ndim(x))
-        return self._normalize(x, features, axes, mask, trainable)
+        return self._normalize(x, features, axes, mask, trainable, residual)
 
 
 class RMSNorm(_Layer):
@@ -394,6 +416,8 @@ class RMSNorm(_Layer):
       rngs: keys for the initializers.
       scale_metadata: metadata of the scale.
       trainable: whether the scale receives gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -421,6 +445,8 @@ class RMSNorm(_Layer):
         rngs: nnx.Rngs,
         scale_metadata: Metadata = NO_METADATA,
         trainable: bool = True,
+        activation: Activation = None,
+        invertible: bool = False,
     ) -> None:
         self._create(
             rngs,
@@ -435,6 +461,8 @@ class RMSNorm(_Layer):
             use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             trainable=trainable,
+            activation=activation,
+            invertible=invertible,
         )
         self.reduction_axes = reduction_axes
         self.feature_axes = feature_axes
@@ -445,6 +473,7 @@ class RMSNorm(_Layer):
         mask: jax.typing.ArrayLike | None = None,
         *,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -452,6 +481,7 @@ class RMSNorm(_Layer):
           x: array of any shape with the axes named at construction.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -461,7 +491,7 @@ class RMSNorm(_Layer):
         """
         features = _layers.sorted_axes("RMSNorm", "feature_axes", self.feature_axes, jnp.ndim(x))
         axes = _layers.sorted_axes("RMSNorm", "reduction_axes", self.reduction_axes, jnp.ndim(x))
-        return self._normalize(x, features, axes, mask, trainable, centered=False)
+        return self._normalize(x, features, axes, mask, trainable, residual, centered=False)
 
 
 class GroupNorm(_Layer):
@@ -490,6 +520,8 @@ class GroupNorm(_Layer):
       scale_metadata: metadata of the scale.
       axis: the channel axis.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -523,6 +555,8 @@ class GroupNorm(_Layer):
         scale_metadata: Metadata = NO_METADATA,
         axis: int = -1,
         trainable: bool = True,
+        activation: Activation = None,
+        invertible: bool = False,
     ) -> None:
         self.num_groups = _layers.group_count("GroupNorm", num_groups, group_size, num_features)
         self.group_size = num_features // self.num_groups
@@ -539,6 +573,8 @@ class GroupNorm(_Layer):
             use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             trainable=trainable,
+            activation=activation,
+            invertible=invertible,
         )
         self.reduction_axes = reduction_axes
         self.axis = axis
@@ -549,6 +585,7 @@ class GroupNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -556,6 +593,7 @@ class GroupNorm(_Layer):
           x: array of shape ``(batch, ...)`` with the channels on ``axis``.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -565,7 +603,9 @@ class GroupNorm(_Layer):
         """
         (channel,) = _layers.sorted_axes("GroupNorm", "axis", self.axis, jnp.ndim(x))
         axes = _layers.group_axes("GroupNorm", channel, self.reduction_axes, jnp.ndim(x))
-        return self._normalize(x, (channel,), axes, mask, trainable, channel_groups=(channel, self.num_groups))
+        return self._normalize(
+            x, (channel,), axes, mask, trainable, residual, channel_groups=(channel, self.num_groups)
+        )
 
 
 class InstanceNorm(_Layer):
@@ -591,6 +631,8 @@ class InstanceNorm(_Layer):
       bias_metadata: metadata of the bias.
       scale_metadata: metadata of the scale.
       trainable: whether scale and bias receive gradients.
+      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
+      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -620,6 +662,8 @@ class InstanceNorm(_Layer):
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
         trainable: bool = True,
+        activation: Activation = None,
+        invertible: bool = False,
     ) -> None:
         self._create(
             rngs,
@@ -634,6 +678,8 @@ class InstanceNorm(_Layer):
             use_fast_variance=use_fast_variance,
             promote_dtype=promote_dtype,
             trainable=trainable,
+            activation=activation,
+            invertible=invertible,
         )
         self.feature_axes = feature_axes
 
@@ -643,6 +689,7 @@ class InstanceNorm(_Layer):
         *,
         mask: jax.typing.ArrayLike | None = None,
         trainable: bool | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize ``x``.
 
@@ -650,6 +697,7 @@ class InstanceNorm(_Layer):
           x: array of shape ``(batch, ...)``.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
           trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -659,4 +707,4 @@ class InstanceNorm(_Layer):
         """
         features = _layers.sorted_axes("InstanceNorm", "feature_axes", self.feature_axes, jnp.ndim(x))
         axes = _layers.instance_axes("InstanceNorm", features, jnp.ndim(x))
-        return self._normalize(x, features, axes, mask, trainable)
+        return self._normalize(x, features, axes, mask, trainable, residual)

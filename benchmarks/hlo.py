@@ -1,0 +1,164 @@
+"""What a compiled program moves, launches and communicates, counted from its text.
+
+One counter for all targets. An instruction of the entry computation moves the bytes of its result and of its operands;
+loops count by their trips. Of an operand that a fusion only slices, the slices are read. What the compiler keeps on the
+chip (a memory space other than zero) moves nothing.
+"""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+FREE = {
+    "after-all", "bitcast", "constant", "copy-done", "get-tuple-element", "opt-barrier", "parameter", "partition-id",
+    "replica-id", "tuple",
+}  # fmt: skip
+SAME_PLACE = {
+    "abs", "add", "bitcast", "convert", "copy", "divide", "maximum", "minimum", "multiply", "negate", "select",
+    "subtract",
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)")
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+
+
+class Instruction(NamedTuple):
+    """One instruction: ``name = shape opcode(operands), attributes``."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+    is_root: bool
+
+
+class Module(NamedTuple):
+    """The computations of a program by name, and which of them is the entry."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+class Counts(NamedTuple):
+    """What running a computation once costs."""
+
+    bytes: int
+    kernels: int
+    collectives: Counter
+
+
+def parse(text: str) -> Module:
+    """The module printed by ``compiled.as_text()``."""
+    computations, entry, body = {}, "", {}
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        instruction = INSTRUCTION.match(line)
+        if instruction:
+            root, name, shape, opcode, rest = instruction.groups()
+            depth, end = 1, 0
+            while depth and end < len(rest):
+                depth += (rest[end] == "(") - (rest[end] == ")")
+                end += 1
+            inside, attributes = rest[: end - 1], rest[end:]
+            operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+            body[name] = Instruction(name, shape, opcode, operands, inside, attributes, bool(root))
+        elif computation := COMPUTATION.match(line):
+            body = computations[computation[2]] = {}
+            entry = computation[2] if computation[1] else entry
+    return Module(computations, entry)
+
+
+def size(shape: str) -> int:
+    """Bytes in main memory of an array, or of a tuple of arrays, of that shape."""
+    total = 0
+    for kind, dimensions, layout in ARRAY.findall(shape):
+        if re.search(r"S\([1-9]", layout):
+            continue
+        bits = BITS[kind] if kind in BITS else int(re.search(r"\d+", kind)[0])
+        total += math.prod(int(d.lstrip("<=")) for d in dimensions.split(",") if d) * bits // 8
+    return total
+
+
+def elements(shape: str) -> int:
+    """How many numbers an array holds."""
+    return math.prod(int(d.lstrip("<=")) for d in ARRAY.match(shape)[2].split(",") if d)
+
+
+def called(instruction: Instruction) -> str:
+    """The computation that an instruction runs."""
+    return re.search(r"(?:calls|to_apply|body)=%?([\w.\-]+)", instruction.attributes)[1]
+
+
+def _read(body: dict[str, Instruction], name: str) -> float:
+    """The share of an operand of a fusion that is read: of what is only sliced, or only written into, the slices."""
+    total = 0.0
+    for user in (i for i in body.values() if name in i.operands):
+        if user.opcode in ("slice", "dynamic-slice") and user.operands[0] == name:
+            total += elements(user.shape) / elements(body[name].shape)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue
+        elif user.opcode in SAME_PLACE and not user.is_root:
+            total += _read(body, user.name)
+        else:
+            return 1.0
+    return min(total, 1.0)
+
+
+def _written(body: dict[str, Instruction], name: str) -> int:
+    """Bytes that an instruction at the end of a fusion writes: of an update, the part updated."""
+    instruction = body[name]
+    if instruction.opcode == "tuple":
+        return sum(_written(body, operand) for operand in instruction.operands)
+    if instruction.opcode == "bitcast":
+        return min(_written(body, instruction.operands[0]), size(instruction.shape))
+    if instruction.opcode == "dynamic-update-slice":
+        return size(body[instruction.operands[1]].shape)
+    return size(instruction.shape)
+
+
+def _fusion(module: Module, outer: dict[str, Instruction], fusion: Instruction) -> int:
+    body = module.computations[called(fusion)]
+    arguments = {int(i.literal): i.name for i in body.values() if i.opcode == "parameter"}
+    read = sum(int(_read(body, arguments[n]) * size(outer[o].shape)) for n, o in enumerate(fusion.operands))
+    root = next(i.name for i in body.values() if i.is_root)
+    return read + min(_written(body, root), size(fusion.shape))
+
+
+def count(module: Module, computation: str | None = None) -> Counts:
+    """Bytes moved, kernels launched and collectives called by a computation, by default the entry."""
+    body = module.computations[computation or module.entry]
+    total = Counts(0, 0, Counter())
+    for i in body.values():
+        times, inner = 1, None
+        if i.opcode in FREE or i.opcode.endswith("-done") or i.opcode.endswith("-update"):
+            continue
+        if i.opcode in ("call", "while", "async-start"):
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
+            times, inner = int(trips[1]) if trips else 1, count(module, called(i))
+        else:
+            if i.opcode == "fusion":
+                moved = _fusion(module, body, i)
+            elif i.opcode in ("slice", "dynamic-slice"):
+                moved = 2 * size(i.shape)
+            elif i.opcode == "dynamic-update-slice":
+                moved = 2 * size(body[i.operands[1]].shape)
+            elif i.opcode in ("copy-start", "slice-start"):  # between memories: (to, from, ...) and ((from), to, ...)
+                to = ARRAY.findall(i.shape)[0 if i.opcode == "copy-start" else 1]
+                whole = ARRAY.match(body[i.operands[0]].shape)
+                share = elements(f"{to[0]}[{to[1]}]") / elements(whole[0])
+                moved = size(f"{to[0]}[{to[1]}]{to[2]}") + int(share * size(whole[0]))
+            else:
+                # the result of a "-start" repeats its operands
+                result = size(i.shape) if not i.opcode.endswith("-start") else size(body[i.operands[0]].shape)
+                moved = result + sum(size(body[o].shape) for o in i.operands)
+            kind = i.opcode.removesuffix("-start")
+            inner = Counts(moved, 1, Counter([kind] if kind in COLLECTIVES else []))
+        collectives = Counter({kind: times * n for kind, n in inner.collectives.items()})
+        total = Counts(
+            total.bytes + times * inner.bytes, total.kernels + times * inner.kernels, total.collectives + collectives
+        )
+    return total
