@@ -25,12 +25,16 @@ TARGETS = ("cpu", "tpu-v5e-1", "tpu-v5e-4", "tpu-v5e-256", "h200-1", "h200-4", "
 _TPU = {1: ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}), 4: ("v5e:2x2", {}), 256: ("v5e:16x16", {})}
 
 
+class NotInstalledError(RuntimeError):
+    """The compiler for a chip is not installed."""
+
+
 @functools.cache
 def mesh_of(target: str) -> Mesh:
     """A mesh with one axis, "data", of the chips of ``target``.
 
     Raises:
-      RuntimeError: the compiler for them is not installed.
+      NotInstalledError: the compiler for them is not installed.
     """
     platform, _, count = target.rpartition("-")
     if not platform:
@@ -50,13 +54,13 @@ def _compiler(platform: str, **settings) -> list[jax.Device]:
         return topologies.get_topology_desc(platform=platform, **settings).devices
     except Exception as error:  # each plugin has an exception of its own for not being there
         extra = {"tpu": "tpu", "cuda": "cuda12"}[platform]
-        raise RuntimeError(f'the compiler for {platform} is not installed: pip install "jax[{extra}]"') from error
+        raise NotInstalledError(f'the compiler for {platform} is not installed: pip install "jax[{extra}]"') from error
 
 
 def available(target: str) -> bool:
     """Whether programs can be compiled for ``target`` here."""
     try:
         mesh_of(target)
-    except RuntimeError:
+    except NotInstalledError:
         return False
     return True

@@ -28,6 +28,7 @@ from jaxnorm._moments import (
     Reduction,
     Statistics,
     abs_sq,
+    beside,
     divisor,
     measure_locally,
     measured,
@@ -96,7 +97,8 @@ def _measure_tangent(reduction, _, primals, tangents):
     x, stored, weights = primals
     t, _, t_weights = tangents
     statistics = _named(measure(x, stored, weights, reduction, True))
-    centered = x - statistics.center - statistics.offset if reduction.centered else x
+    point = beside(statistics.center, 2)
+    centered = (x - point) - (statistics.offset + (statistics.center - point)) if reduction.centered else x
     return statistics, _tangent(statistics, centered, t, weights, t_weights, reduction)
 
 
@@ -191,10 +193,12 @@ def _prepare(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
 
 
-def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction | None, ends: Ends):
+def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction | None, ends: Ends, once: bool = False):
     """The output, and the statistics: those ``given``, or where there is a ``reduction``, those of ``x``."""
-    values = _prepare(x, weights)
-    statistics = given if reduction is None else measure(values, lax.stop_gradient(x), weights, reduction)
+    values, statistics = _prepare(x, weights), given
+    if reduction is not None:
+        statistics = measure(values, lax.stop_gradient(x), weights, reduction, once)
+        statistics = _named(statistics) if once else statistics
     statistics = _constant_center(statistics)
     centered = reduction is None or reduction.centered
     z = _affine(values, statistics, scale, bias, residual, centered=centered, epsilon=ends.epsilon)
@@ -205,19 +209,19 @@ def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction |
     return y, statistics
 
 
-_invertibly_normalized = jax.custom_jvp(_normalized, nondiff_argnums=(6, 7))
+_invertibly_normalized = jax.custom_jvp(_normalized, nondiff_argnums=(6, 7, 8))
 
 
 @_invertibly_normalized.defjvp
-def _normalized_tangent(reduction, ends, primals, tangents):
+def _normalized_tangent(reduction, ends, _, primals, tangents):
     """That of `_normalized`, from its output alone (Rota Bulo et al., "In-Place Activated BatchNorm", 2018).
 
     What is recovered is the input less its mean, on which nothing depends.
     """
     _, weights, _, scale, bias, residual = primals
     t, t_weights, t_statistics, *t_parameters = tangents
-    y, statistics = _invertibly_normalized(*primals, reduction, ends)
-    y, statistics = checkpoint_name(y, OUTPUT), _named(statistics)
+    y, statistics = _normalized(*primals, reduction, ends, once=True)
+    y = checkpoint_name(y, OUTPUT)
     z = ends.inverse(_fence(y).astype(statistics.offset.dtype))
     centered = _unaffine(z, statistics, scale, bias, residual, ends.epsilon)
     t = t.astype(centered.dtype)
@@ -274,7 +278,7 @@ def standardize(
 
     @_save_only_named
     def run(x, weights, given, scale, bias, residual):
-        y, statistics = normalized(x, weights, given, scale, bias, residual, reduction, ends)
+        y, statistics = normalized(x, weights, given, scale, bias, residual, reduction, ends, False)
         return y, _moments(statistics)
 
     return run(x, weights, given, scale, bias, residual)

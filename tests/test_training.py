@@ -34,9 +34,9 @@ def part_of_digits(count=230):
     return training.Split(train.images[:count], train.labels[:count])
 
 
-def run(devices, road="jit", accumulate=1, norm="batch", optimizer=None, steps=STEPS):
+def run(devices, road="jit", accumulate=1, norm="batch", optimizer=None, steps=STEPS, **settings):
     """Losses, and the state after some steps."""
-    mesh, model = mesh_of(devices), training.CNN(widths=(8, 8), norm=norm)
+    mesh, model = mesh_of(devices), training.CNN(widths=(8, 8), norm=norm, **settings)
     optimizer = optimizer or training.make_optimizer("sgd", 0.02, weight_decay=1e-3)
     data = part_of_digits()
     state = training.init_state(model, optimizer, data.images.shape[1:], seed=0, mesh=mesh)
@@ -71,6 +71,15 @@ def test_one_device_and_four_agree(one_device, road):
 def test_both_roads_agree_for_every_norm(norm):
     (losses, _), (losses_by_hand, _) = (run(4, road, norm=norm, steps=4) for road in ("jit", "shard_map"))
     assert_close(losses_by_hand, losses, 16 * 64 * 64)
+
+
+@pytest.mark.parametrize("road", ["jit", "shard_map"])
+def test_invertible_training_is_the_same_training(road):
+    losses, state = run(4, road, steps=5, activation="leaky_relu", invertible=True)
+    expected, expected_state = run(4, road, steps=5, activation="leaky_relu")
+    assert_close(losses, expected, 5**2 * 64 * 64)
+    for a, b in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected_state.batch_stats), strict=True):
+        assert_close(a, b, 5**2 * 64 * 64)
 
 
 def test_accumulation_without_batch_statistics_is_one_large_batch():
@@ -244,6 +253,7 @@ def test_command_line_from_end_to_end(tmp_path):
         ["--num-processes", "2"],
         ["--resume"],
         ["--norm", "instance", "--model", "mlp"],
+        ["--invertible"],
     ],
 )
 def test_command_line_errors(arguments, capsys):
@@ -259,6 +269,8 @@ def test_command_line_errors(arguments, capsys):
         (lambda: training.make_model("vgg"), "model must be one of mlp, cnn, .*'vgg'"),
         (lambda: training.make_model("cnn", norm="power"), "norm must be one of batch, .*'power'"),
         (lambda: training.make_model("cnn", place="around"), "place must be one of before, after; got 'around'"),
+        (lambda: training.make_model("cnn", activation="swoosh"), "activation must be one of relu, .*'swoosh'"),
+        (lambda: training.make_model("cnn", invertible=True), "invertible needs a norm and activation='leaky_relu'"),
         (lambda: training.make_optimizer("lion", 0.1), "name must be one of sgd, adam; got 'lion'"),
         (lambda: run(1, "highway"), "road must be one of jit, shard_map; got 'highway'"),
         (lambda: run(4, accumulate=5), "multiple of devices times microbatches, 4 x 5; got 64"),

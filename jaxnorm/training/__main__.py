@@ -42,6 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--model", default="cnn", choices=_models.MODELS, help="the network")
     what.add_argument("--norm", default="batch", choices=_models.NORMS, help="its normalization")
     what.add_argument("--place", default="before", choices=_models.PLACES, help="normalize before or after activation")
+    what.add_argument("--activation", default="relu", choices=_models.ACTIVATIONS)
+    what.add_argument("--invertible", action="store_true", help="store less of normalizations; with leaky_relu")
     what.add_argument("--momentum", type=float, default=0.9, help="weight of the old running averages")
     what.add_argument("--data", default="digits", choices=("digits", "mnist", "cifar10", "synthetic"), help="images")
     what.add_argument("--folder", type=Path, help="where the files of mnist or cifar10 are")
@@ -80,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--momentum must lie in [0, 1]; got {settings.momentum}")
     if settings.norm == "instance" and settings.model == "mlp":
         parser.error("--norm instance needs positions to normalize over, which --model mlp does not have")
+    if settings.invertible and (settings.norm == "none" or settings.activation != "leaky_relu"):
+        parser.error("--invertible needs a --norm and --activation leaky_relu")
     if settings.data in ("mnist", "cifar10") and settings.folder is None:
         parser.error(f"--data {settings.data} needs --folder, where its files are")
     if settings.num_processes > 1 and settings.coordinator is None:
@@ -147,6 +151,8 @@ class Run:
             norm=settings.norm,
             place=settings.place,
             momentum=settings.momentum,
+            activation=settings.activation,
+            invertible=settings.invertible,
             dtype=DTYPES[settings.dtype],
         )
         optimizer = _steps.make_optimizer(settings.optimizer, schedule, weight_decay=settings.weight_decay)

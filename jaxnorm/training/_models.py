@@ -13,10 +13,11 @@ from jaxnorm._axes import AxisNames
 
 NORMS = ("batch", "layer", "instance", "group", "rms", "none")
 PLACES = ("before", "after")
+ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu, "silu": nn.silu, "gelu": nn.gelu}
 
 
 class Norm(nn.Module):
-    """The normalization called ``kind``, over what it is defined over; scale and bias are per channel.
+    """The normalization called ``kind``, over what it is defined over, then ``activation``; one scale a channel.
 
     Layer and RMS normalization share the statistics of a whole example, as in Wu and He, 2018.
     """
@@ -25,25 +26,31 @@ class Norm(nn.Module):
     momentum: float
     dtype: Any
     axis_name: AxisNames | None
+    activation: str | None
+    invertible: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, mask: jax.Array | None, residual: jax.Array | None = None
+    ) -> jax.Array:
         example = tuple(range(1, x.ndim))
+        after: dict[str, Any] = {"dtype": self.dtype, "activation": self.activation, "invertible": self.invertible}
         if self.kind == "batch":
             mask = None if mask is None else mask.reshape(-1, *(1,) * (x.ndim - 1))
-            norm = linen.BatchNorm(not train, momentum=self.momentum, dtype=self.dtype, axis_name=self.axis_name)
-            return norm(x, mask=mask)
+            norm = linen.BatchNorm(not train, momentum=self.momentum, axis_name=self.axis_name, **after)
+            return norm(x, mask=mask, residual=residual)
         if self.kind == "layer":
-            return linen.LayerNorm(dtype=self.dtype, reduction_axes=example)(x)
+            return linen.LayerNorm(reduction_axes=example, **after)(x, residual=residual)
         if self.kind == "rms":
-            return linen.RMSNorm(dtype=self.dtype, reduction_axes=example)(x)
+            return linen.RMSNorm(reduction_axes=example, **after)(x, residual=residual)
         if self.kind == "group":
-            return linen.GroupNorm(math.gcd(32, x.shape[-1] // 2), dtype=self.dtype)(x)
+            return linen.GroupNorm(math.gcd(32, x.shape[-1] // 2), **after)(x, residual=residual)
         if self.kind == "instance":
             if x.ndim == 2:
                 raise ValueError("instance normalization needs positions to normalize over; got features alone.")
-            return linen.InstanceNorm(dtype=self.dtype)(x)
-        return x
+            return linen.InstanceNorm(**after)(x, residual=residual)
+        x = x if residual is None else x + residual
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
 class _Network(nn.Module):
@@ -56,6 +63,8 @@ class _Network(nn.Module):
       momentum: weight of the old running averages.
       dtype: of the computation; parameters and statistics stay float32.
       axis_name: mapped axis over which replicas share batch statistics.
+      activation: one of `ACTIVATIONS`.
+      invertible: keep the outputs of normalizations for the backward pass, not their inputs; not with "relu".
     """
 
     num_classes: int = 10
@@ -64,16 +73,26 @@ class _Network(nn.Module):
     momentum: float = 0.9
     dtype: Any = jnp.float32
     axis_name: AxisNames | None = None
+    activation: str = "relu"
+    invertible: bool = False
 
-    def normalized(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
-        """``x`` normalized; without activation."""
-        return Norm(self.norm, self.momentum, self.dtype, self.axis_name)(x, train, mask)
+    def normalized(
+        self,
+        x: jax.Array,
+        train: bool,
+        mask: jax.Array | None,
+        activation: str | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """``x`` normalized, ``residual`` added, and activated if so wanted."""
+        norm = Norm(self.norm, self.momentum, self.dtype, self.axis_name, activation, self.invertible)
+        return norm(x, train, mask, residual)
 
     def activated(self, x: jax.Array, train: bool, mask: jax.Array | None) -> jax.Array:
-        """``x`` normalized and rectified, in the order of ``place``."""
+        """``x`` normalized and activated, in the order of ``place``."""
         if self.place == "before":
-            return nn.relu(self.normalized(x, train, mask))
-        return self.normalized(nn.relu(x), train, mask)
+            return self.normalized(x, train, mask, self.activation)
+        return self.normalized(ACTIVATIONS[self.activation](x), train, mask)
 
     def conv(self, x: jax.Array, width: int, size: int, strides: int = 1) -> jax.Array:
         """A convolution, with a bias only where no normalization follows that would remove it."""
@@ -138,16 +157,15 @@ class ResNet(_Network):
 
     def block(self, x: jax.Array, width: int, strides: int, train: bool, mask: jax.Array | None) -> jax.Array:
         """Two 3x3 convolutions, or 1x1, 3x3 and 1x1; added to their input."""
+        shortcut, out = x, 4 * width if self.bottleneck else width
+        if x.shape[-1] != out or strides > 1:
+            shortcut = self.normalized(self.conv(x, out, 1, strides), train, mask)
         if self.bottleneck:
             y = self.activated(self.conv(x, width, 1), train, mask)
-            y = self.activated(self.conv(y, width, 3, strides), train, mask)
-            y = self.normalized(self.conv(y, 4 * width, 1), train, mask)
+            y = self.conv(self.activated(self.conv(y, width, 3, strides), train, mask), out, 1)
         else:
-            y = self.activated(self.conv(x, width, 3, strides), train, mask)
-            y = self.normalized(self.conv(y, width, 3), train, mask)
-        if x.shape != y.shape:
-            x = self.normalized(self.conv(x, y.shape[-1], 1, strides), train, mask)
-        return nn.relu(x + y)
+            y = self.conv(self.activated(self.conv(x, width, 3, strides), train, mask), out, 3)
+        return self.normalized(y, train, mask, self.activation, shortcut)
 
 
 MODELS = {
@@ -164,19 +182,25 @@ def make_model(name: str, **settings: Any) -> nn.Module:
     Args:
       name: one of `MODELS`.
       **settings: attributes of the network: ``num_classes``, ``norm``, ``place``, ``momentum``, ``dtype``,
-        ``axis_name``.
+        ``axis_name``, ``activation``, ``invertible``.
 
     Returns:
       A Linen module, called with images of shape ``(batch, height, width, channels)``.
 
     Raises:
-      ValueError: an unknown network, normalization or place; the message lists those there are.
+      ValueError: an unknown network, normalization, place or activation, of which the message lists those there are;
+        or invertible with an activation that cannot be undone.
     """
     for what, value, known in (
         ("model", name, MODELS),
         ("norm", settings.get("norm", "batch"), NORMS),
         ("place", settings.get("place", "before"), PLACES),
+        ("activation", settings.get("activation", "relu"), ACTIVATIONS),
     ):
         if value not in known:
             raise ValueError(f"make_model: {what} must be one of {', '.join(known)}; got {value!r}.")
+    if settings.get("invertible"):
+        chosen = {k: settings.get(k) for k in ("norm", "activation")}
+        if chosen["norm"] == "none" or chosen["activation"] != "leaky_relu":
+            raise ValueError(f"make_model: invertible needs a norm and activation='leaky_relu'; got {chosen}.")
     return MODELS[name](**settings)

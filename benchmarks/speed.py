@@ -1,0 +1,196 @@
+"""Time all five normalizations against the peers, on whatever device is there.
+
+    python benchmarks/speed.py            # a table, results/speed-<device>.json and .png
+
+Forward and training step (forward, and gradients of input, scale and bias) of each library that is installed, in turn
+within one process; medians and quartiles of many runs. Beside them, the time in which the device copies the input: a
+forward pass cannot take less, a step not less than 2.5 of it.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import cases
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Runner = dict[str, object]
+
+
+def jax_runner(norm: str, kind: str, shape: tuple[int, ...], dtype: str, name: str):
+    """A function without arguments that runs one library's layer and waits for it."""
+    parameters, apply = cases.JAX_CONTENDERS[name](norm, jax.ShapeDtypeStruct(shape, dtype))
+    run = jax.jit(cases.KINDS[kind](apply))
+    x, dy = (jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(1)))
+    return lambda: jax.block_until_ready(run(parameters, x, dy))
+
+
+def copy_runner(shape: tuple[int, ...], dtype: str):
+    """Read an array and write another."""
+    x, run = jnp.ones(shape, dtype), jax.jit(lambda x: -x)
+    return lambda: jax.block_until_ready(run(x))
+
+
+def torch_runner(norm: str, kind: str, shape: tuple[int, ...], dtype: str, channels_last: bool):
+    """PyTorch's layer, on the GPU if PyTorch has one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    channels, f = shape[-1], torch.nn.functional
+    rows = norm in ("layer", "rms")
+    size = shape if rows or len(shape) == 2 else (shape[0], channels, *shape[1:-1])
+    x, dy = (torch.randn(size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    if len(size) == 4 and not rows and channels_last:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    parameters_dtype = x.dtype if rows or norm == "group" else torch.float32
+    scale, bias = (torch.ones(channels, dtype=parameters_dtype, device=device) for _ in range(2))
+    mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+
+    def apply(x, scale, bias):
+        if norm == "batch":
+            return f.batch_norm(x, mean, var, scale, bias, training=True)
+        if norm == "layer":
+            return f.layer_norm(x, (channels,), scale, bias)
+        if norm == "rms":
+            return f.rms_norm(x, (channels,), scale)
+        if norm == "group":
+            return f.group_norm(x, cases.GROUPS, scale, bias)
+        return f.instance_norm(x, weight=scale, bias=bias)
+
+    def run():
+        if kind == "forward":
+            with torch.no_grad():
+                apply(x, scale, bias)
+        else:
+            wanted = [t.detach().requires_grad_() for t in ((x, scale) if norm == "rms" else (x, scale, bias))]
+            torch.autograd.grad(apply(*wanted, *([None] if norm == "rms" else [])), wanted, dy)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def runners(norm: str, kind: str, shape: tuple[int, ...], dtype: str) -> dict[str, object]:
+    """Everybody who can run this case, by name."""
+    found = {"copy": copy_runner(shape, dtype)}
+    for name in cases.JAX_CONTENDERS:
+        try:
+            found[name] = jax_runner(norm, kind, shape, dtype, name)
+            found[name]()
+        except ImportError:
+            found.pop(name, None)
+    try:
+        for layout in (True, False) if len(shape) == 4 and norm not in ("layer", "rms") else (True,):
+            name = "torch" if layout else "torch, channels first"
+            found[name] = torch_runner(norm, kind, shape, dtype, layout)
+            found[name]()
+    except ImportError:
+        found.pop(name, None)
+    return found
+
+
+def measure(found: dict, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each run of each, in turn, for about so many seconds."""
+    times = {name: [] for name in found}
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(times["copy"]) < 7:
+        for name, run in found.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    """Of positive numbers."""
+    return float(np.exp(np.mean(np.log(ratios))))
+
+
+def summary(rows: list[dict]) -> dict:
+    """How many times as fast as each of the others, as geometric means over shapes and dtypes."""
+    result = {}
+    for kind in cases.KINDS:
+        for other in sorted({name for row in rows for name in row["ms"]} - {"jaxnorm", "copy"}):
+            ratios = [r["ms"][other][1] / r["ms"]["jaxnorm"][1] for r in rows if r["kind"] == kind and other in r["ms"]]
+            if ratios:
+                result[f"{kind}, times as fast as {other}"] = {
+                    "geometric mean": round(geometric_mean(ratios), 3), "least": round(min(ratios), 3)
+                }  # fmt: skip
+    return result
+
+
+def plot(rows: list[dict], path: Path, title: str) -> None:
+    """Time of a step over that of a copy, by case and library."""
+    names = [n for n in rows[0]["ms"] if n != "copy"]
+    figure, panels = plt.subplots(1, len(cases.KINDS), figsize=(14, 0.32 * len(rows) + 2), constrained_layout=True)
+    for panel, kind in zip(panels, cases.KINDS, strict=True):
+        if not any(r["kind"] == kind for r in rows):
+            continue
+        chosen = [r for r in rows if r["kind"] == kind]
+        for i, name in enumerate(names):
+            heights = [r["ms"][name][1] / r["ms"]["copy"][1] if name in r["ms"] else 0 for r in chosen]
+            panel.barh(np.arange(len(chosen)) + 0.8 * i / len(names), heights, 0.8 / len(names), label=name)
+        panel.set_yticks(np.arange(len(chosen)) + 0.4, [f"{r['norm']}: {r['case']}, {r['dtype']}" for r in chosen])
+        panel.invert_yaxis()
+        panel.set(title=f"{kind}: time / time of a copy", xscale="log")
+        panel.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--norms", nargs="+", default=list(cases.NORMS), choices=cases.NORMS)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--kinds", nargs="+", default=list(cases.KINDS), choices=cases.KINDS)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each case, over all libraries")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    settings = parser.parse_args()
+    wanted = [
+        (norm, case, shape, dtype, kind)
+        for norm in settings.norms
+        for case, shape in cases.SHAPES[norm].items()
+        for dtype in settings.dtypes
+        for kind in settings.kinds
+    ]
+    rows = []
+    for norm, case, shape, dtype, kind in track(wanted, "timing", console=Console(file=sys.stderr)):
+        times = measure(runners(norm, kind, shape, dtype), settings.seconds)
+        quartiles = {n: [round(q, 4) for q in statistics.quantiles(t, n=4)] for n, t in times.items()}
+        rows.append({"norm": norm, "case": case, "shape": shape, "dtype": dtype, "kind": kind, "ms": quartiles})
+
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    table = Table("norm", "case", "dtype", "kind", *names, title="milliseconds, median")
+    for row in rows:
+        medians = [f"{row['ms'][n][1]:.2f}" if n in row["ms"] else "" for n in names]
+        table.add_row(row["norm"], row["case"], row["dtype"], row["kind"], *medians)
+    console = Console(width=200)
+    console.print(table)
+    console.print_json(data=summary(rows))
+    device = jax.devices()[0].device_kind.replace(" ", "-").lower()
+    versions = {"jax": jax.__version__, "flax": cases.flax.__version__, "python": platform.python_version()}
+    if "torch" in sys.modules:
+        versions["torch"] = sys.modules["torch"].__version__
+    settings.out.mkdir(exist_ok=True)
+    result = {"device": device, "versions": versions, "summary": summary(rows), "quartiles of milliseconds": rows}
+    (settings.out / f"speed-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, settings.out / f"speed-{device}.png", f"{device}, jax {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""What compiled programs cost: the counter itself; ours and Flax's for every chip whose compiler is installed."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import hlo  # noqa: E402
+
+FUSED_SLICE = """
+HloModule m
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+%fused (p0: bf16[64,100], p1: f32[100]) -> f32[100] {
+  %p0 = bf16[64,100]{1,0} parameter(0)
+  %p1 = f32[100]{0} parameter(1)
+  %wide = f32[64,100]{1,0} convert(%p0)
+  %part = f32[4,100]{1,0} slice(%wide), slice={[0:64:16], [0:100]}
+  %zero = f32[] constant(0)
+  %total = f32[100]{0} reduce(%part, %zero), dimensions={0}, to_apply=%sum
+  ROOT %shifted = f32[100]{0} add(%total, %p1)
+}
+ENTRY %main (x: bf16[64,100], k: f32[100]) -> f32[100] {
+  %x = bf16[64,100]{1,0} parameter(0)
+  %k = f32[100]{0} parameter(1)
+  ROOT %out = f32[100]{0} fusion(%x, %k), kind=kInput, calls=%fused
+}
+"""
+WHOLE_TOO = FUSED_SLICE.replace("add(%total, %p1)", "add(%total, %more)").replace(
+    "  ROOT %shifted", "  %more = f32[100]{0} reduce(%wide, %zero), dimensions={0}, to_apply=%sum\n  ROOT %shifted"
+)
+LOOP = """
+HloModule m
+%update (stack: f32[8,50], one: f32[1,50], at: s32[]) -> f32[8,50] {
+  %stack = f32[8,50]{1,0} parameter(0)
+  %one = f32[1,50]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = f32[8,50]{1,0} dynamic-update-slice(%stack, %one, %at, %zero)
+}
+%body (state: (f32[8,50], f32[1,50], s32[])) -> (f32[8,50], f32[1,50], s32[]) {
+  %state = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) parameter(0)
+  %a = f32[8,50]{1,0} get-tuple-element(%state), index=0
+  %b = f32[1,50]{1,0} get-tuple-element(%state), index=1
+  %i = s32[] get-tuple-element(%state), index=2
+  %c = f32[8,50]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%update
+  %d = f32[1,50]{1,0} all-reduce(%b), replica_groups={}, to_apply=%sum
+  ROOT %next = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) tuple(%c, %d, %i)
+}
+ENTRY %main (s: (f32[8,50], f32[1,50], s32[])) -> (f32[8,50], f32[1,50], s32[]) {
+  %s = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) parameter(0)
+  %w = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) while(%s), body=%body, backend_config={"known_trip_count":{"n":"8"}}
+}
+"""
+ON_CHIP = """
+HloModule m
+ENTRY %main (x: bf16[256,128]) -> bf16[256,128] {
+  %x = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %start = (bf16[256,128]{1,0:T(8,128)(2,1)S(1)}, bf16[256,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+  %done = bf16[256,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%start)
+  ROOT %y = bf16[256,128]{1,0:T(8,128)(2,1)} negate(%done)
+}
+"""
+
+
+def counted(text):
+    return hlo.count(hlo.parse(text))
+
+
+def test_a_fused_slice_is_read_as_a_slice():
+    assert counted(FUSED_SLICE) == (2 * 4 * 100 + 4 * 100 + 4 * 100, 1, Counter())
+
+
+def test_what_is_sliced_and_read_whole_counts_once():
+    assert counted(WHOLE_TOO).bytes == 2 * 64 * 100 + 4 * 100
+
+
+def test_loops_count_by_their_trips_and_updates_by_their_part():
+    one_trip = (4 * 50 + 4 + 4 * 50) + (4 * 50 + 4 * 50)  # read and write one row; all-reduce one row
+    assert counted(LOOP) == (8 * one_trip, 16, Counter({"all-reduce": 8}))
+
+
+def test_what_stays_on_the_chip_moves_nothing():
+    assert counted(ON_CHIP).bytes == 2 * (2 * 256 * 128)
+
+
+def test_the_counter_on_a_compiled_program():
+    x = jax.numpy.ones((1000, 64))
+    text = jax.jit(lambda x: jax.numpy.sin(x) + 1).lower(x).compile().as_text()
+    assert counted(text) == (2 * x.nbytes, 1, Counter())
+
+
+# Ours beside Flax's --------------------------------------------------------------------------------------------------
+
+
+def report(*arguments, tmp_path):
+    """Run the compile report in a process of its own; None where the compiler is not installed."""
+    command = [sys.executable, str(BENCHMARKS / "compile_report.py"), "--out", str(tmp_path), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if "is not installed" in ended.stderr:
+        pytest.skip(ended.stderr.strip().splitlines()[-1])
+    assert ended.returncode == 0, ended.stderr
+    return json.loads((tmp_path / "compile-report.json").read_text())["rows"]
+
+
+def by_case(rows, *keys):
+    return {tuple(row[k] for k in keys): row for row in rows}
+
+
+SLICE = 0.04
+"""What the slice that gives the center may add to the traffic, in activations: one in 64 positions or a few more."""
+
+
+@pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
+def test_traffic(target, tmp_path):
+    """No norm moves more than Flax's; where the compiler is XLA's for the chip, the figures of the README."""
+    rows = by_case(report("--targets", target, "--cases", "norms", tmp_path=tmp_path), "norm", "kind", "dtype")
+    assert len(rows) == 20
+    if target == "cpu":
+        for dtype, most in (("float32", 12.1), ("bfloat16", 24.2)):
+            ours, theirs = rows["batch", "step", dtype]["jaxnorm"], rows["batch", "step", dtype]["flax"]
+            assert ours["bytes"] <= min(most, theirs["bytes"])
+        return
+    for (norm, kind, dtype), row in rows.items():
+        allowed = row["flax"]["bytes"] + (0.01 if norm == "rms" else SLICE if norm != "layer" else 1 / 16)
+        assert row["jaxnorm"]["bytes"] <= allowed, (norm, kind, dtype)
+    if target == "h200-1":
+        assert rows["batch", "step", "bfloat16"]["jaxnorm"]["bytes"] <= 7.1
+        assert rows["batch", "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 3.1
+        for norm in ("layer", "rms"):
+            assert rows[norm, "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 2.05
+
+
+@pytest.mark.parametrize(
+    ("target", "scan", "invertible_scan", "invertible_unrolled"),
+    [("tpu-v5e-1", 2.3, 2.0, 1.15), ("h200-1", 2.4, 2.4, 1.25)],
+    ids=["tpu-v5e-1", "h200-1"],
+)
+def test_memory_of_a_stack(target, scan, invertible_scan, invertible_unrolled, tmp_path):
+    """Eight blocks of convolution, batch norm and activation, bfloat16: temporaries in activations a layer."""
+    rows = by_case(report("--targets", target, "--cases", "stack", tmp_path=tmp_path), "case")
+    temporaries = {case: row["temporaries"] for (case,), row in rows.items()}
+    assert temporaries["scan, jaxnorm"] <= scan + 0.005
+    assert temporaries["scan, jaxnorm invertible"] <= invertible_scan + 0.005
+    assert temporaries["unrolled, jaxnorm invertible"] <= invertible_unrolled + 0.005
+    assert temporaries["unrolled, jaxnorm"] <= temporaries["unrolled, flax"] + 0.02
