@@ -119,7 +119,7 @@ def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
 
 
 def check_residual(function: str, residual: Any, x: jax.Array) -> jax.Array | None:
-    """An array like ``x`` that is added to its normalized values; in the dtype of the arithmetic."""
+    """An array in the shape of ``x``, that is added to its normalized values; in its own dtype."""
     if residual is None:
         return None
     residual = as_input(function, "residual", residual)

@@ -8,6 +8,8 @@ xc = x - mean, their tangents are (Ioffe and Szegedy, "Batch Normalization", 201
 
 whichever way the statistics themselves were computed. The rest, y = (x - mean) * rstd * scale + bias, is differentiated
 by jax; the transpose of the two together is the textbook backward pass, with two sums over the data and one collective.
+
+The invertible mode is the same tangent, read from the output instead of the input; `_normalized_tangent` says how.
 """
 
 from collections.abc import Callable
@@ -157,7 +159,7 @@ def _affine(
     rstd = lax.rsqrt(var + epsilon)
     if not centered and bias is None:
         z = x * rstd if scale is None else x * (rstd * scale)
-        return z if residual is None else z + residual
+        return z if residual is None else z + residual.astype(z.dtype)
     scale = jnp.ones_like(var) if scale is None else scale
     bias = jnp.zeros_like(scale) if bias is None else bias
 
@@ -169,7 +171,7 @@ def _affine(
     else:
         scale, bias = vary((scale, bias), x)
         z = ((x - center) * rstd + shift) * scale + bias
-    return z if residual is None else z + residual
+    return z if residual is None else z + residual.astype(z.dtype)
 
 
 def _unaffine(
@@ -181,7 +183,7 @@ def _unaffine(
     epsilon: float,
 ) -> jax.Array:
     """``x - mean``, from what `_affine` made of it."""
-    z = z if residual is None else z - residual
+    z = z if residual is None else z - residual.astype(z.dtype)
     z = z if bias is None else z - bias
     z = z if scale is None else z / scale
     return z * jnp.sqrt(statistics.var + epsilon)

@@ -1,5 +1,7 @@
 """Every normalization on sharded arrays and inside shard_map: values and gradients as on one device."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,4 +104,7 @@ def test_strict_promotion(rng, norm, dtype):
         x = jnp.asarray(x, dtype)
         NORMS[norm](x, mask)
         NORMS[norm](x, None)
+        for invertible in (False, True):
+            options = {"activation": "leaky_relu", "residual": x, "invertible": invertible}
+            jax.vjp(partial(jaxnorm.batch_norm, **options), x, jnp.ones(8))[1]((x, jaxnorm.moments(x, (0, 1, 2))))
         jaxnorm.update_running(jaxnorm.init_running(8), jaxnorm.moments(x, (0, 1, 2)), unbiased=True)
