@@ -8,7 +8,7 @@ unrolled and under ``lax.scan``, and the gradient of a loss. ``resnet``: a train
 bfloat16, on both roads of `jaxnorm.training`, with collectives. ``memory``: temporaries of ResNet-50, batch 256.
 
 Bytes moved and temporaries are in units of the activation: its size on one chip. Deterministic for a given compiler;
-results go to results/compile-report.json.
+results go to results/compiled-<chip>.json.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rich.table import Table
 
 import jaxnorm
 from jaxnorm import training
-from jaxnorm.training import _models
+from jaxnorm.training import _models, _steps
 
 IMAGES, ROWS = (128, 56, 56, 64), (8192, 1024)
 LAYERS = 8
@@ -146,7 +146,7 @@ def resnet_step(target: str, road: str, per_chip: int, **settings: Any) -> tuple
 
 def resnet(target: str, per_chip: int = 32):
     """ResNet-50 on the training program's two roads."""
-    for road in training.ROADS:
+    for road in _steps.ROADS:
         compiled, layers, arrays = resnet_step(target, road, per_chip)
         row = {"road": road, "examples per chip": per_chip, "batch norms": layers, "parameter arrays": arrays}
         row |= {k: v for k, v in costs(compiled, 1e6).items() if k in ("kernels", "collectives")}
@@ -193,8 +193,8 @@ def memory(target: str, examples: int = 256):
 
 
 CASES = {"norms": norms, "stack": stack, "memory": memory, "resnet": resnet}
-LIGHT = {"cpu": ("norms",), "tpu-v5e-1": ("norms", "stack"), "h200-1": ("norms", "stack", "memory")}
-"""What is compiled by default: single chips for all but ResNet-50, several for ResNet-50."""
+LIGHT = {"cpu": ("norms",), "tpu-v5e-1": ("norms", "stack"), "h200-1": ("norms", "stack", "memory", "resnet")}
+"""What is compiled by default: for several chips, ResNet-50 alone."""
 
 
 def flat(row: dict[str, Any]) -> dict[str, str]:
@@ -226,8 +226,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     settings = parser.parse_args()
     chosen = settings.targets or [t for t in targets.TARGETS if targets.available(t)]
-    rows = []
+    packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-pjrt")
+    versions = {p: metadata.version(p) for p in packages if any(d.name == p for d in metadata.distributions())}
+    settings.out.mkdir(exist_ok=True)
+    by_chip: dict[str, list[dict[str, Any]]] = {}
     for target in chosen:
+        rows = by_chip.setdefault(target.rpartition("-")[0] or target, [])
         for case in settings.cases or LIGHT.get(target, ("resnet",)):
             try:
                 found = [{"target": target, **row} for row in CASES[case](target)]
@@ -235,10 +239,9 @@ def main() -> None:
                 sys.exit(str(error))
             show(f"{case} for {target}", found)
             rows += found
-    packages = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-pjrt")
-    versions = {p: metadata.version(p) for p in packages if any(d.name == p for d in metadata.distributions())}
-    settings.out.mkdir(exist_ok=True)
-    (settings.out / "compile-report.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    for chip, rows in by_chip.items():
+        text = json.dumps({"versions": versions, "rows": rows}, indent=1)
+        (settings.out / f"compiled-{chip}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -220,9 +220,9 @@ def _normalized_tangent(reduction, ends, _, primals, tangents):
 
     What is recovered is the input less its mean, on which nothing depends.
     """
-    _, weights, _, scale, bias, residual = primals
+    x, weights, given, scale, bias, residual = primals
     t, t_weights, t_statistics, *t_parameters = tangents
-    y, statistics = _normalized(*primals, reduction, ends, once=True)
+    y, statistics = _normalized(x, weights, given, scale, bias, residual, reduction, ends, True)
     y = checkpoint_name(y, OUTPUT)
     z = ends.inverse(_fence(y).astype(statistics.offset.dtype))
     centered = _unaffine(z, statistics, scale, bias, residual, ends.epsilon)

@@ -110,7 +110,8 @@ def report(*arguments, tmp_path):
     if "is not installed" in ended.stderr:
         pytest.skip(ended.stderr.strip().splitlines()[-1])
     assert ended.returncode == 0, ended.stderr
-    return json.loads((tmp_path / "compile-report.json").read_text())["rows"]
+    (result,) = tmp_path.glob("compiled-*.json")
+    return json.loads(result.read_text())["rows"]
 
 
 def by_case(rows, *keys):
