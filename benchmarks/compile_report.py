@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cases  # after targets, which sets up the compilers
+import cases
 import hlo
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,6 @@ import functools
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so several processes may compile
@@ -18,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+
+jax.config.update("jax_platforms", "cpu")  # the machine's own devices, if any, are not wanted
 
 TARGETS = ("cpu", "tpu-v5e-1", "tpu-v5e-4", "tpu-v5e-256", "h200-1", "h200-4", "h200-8")
 """Platform, chip and number of chips."""
