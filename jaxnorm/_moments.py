@@ -109,13 +109,18 @@ def settle(center: jax.Array) -> jax.Array:
     return lax.reduce_precision(center, info.nexp, info.nmant - 1)
 
 
-def beside(center: jax.Array, steps: int) -> jax.Array:
-    """A point so many roundings away from ``center``, `settled <settle>` too.
+def beside(center: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+    """A point so many roundings away from ``center``, `settled <settle>` too, and how far ``center`` is from there.
 
-    Each sum over the data is about a point of its own. Of differences from one point XLA makes one array on the CPU,
-    written once and read by every sum, where reading the data itself again takes half the time.
+    On the CPU each sum over the data is about a point of its own: of differences from one point XLA makes an array
+    there, written once and read by every sum, where reading the data itself again takes half the time.
     """
-    return settle(center * (1 + steps * 2 * float(jnp.finfo(center.dtype).eps)))
+
+    def apart(center):
+        point = settle(center * (1 + steps * 2 * float(jnp.finfo(center.dtype).eps)))
+        return point, center - point
+
+    return lax.platform_dependent(center, cpu=apart, default=lambda center: (center, jnp.zeros_like(center)))
 
 
 def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -201,9 +206,9 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
     if on_chip:
         offset, var = mean_about(center, lambda v: v), mean_about(center, abs_sq)
         return Statistics(count, center, offset, not_negative(var - abs_sq(offset)))
-    one, other = beside(center, 1), beside(center, -1)
-    offset = mean_about(one, lambda v: v) + (one - center)
-    var = mean_about(other, abs_sq) - abs_sq(offset + (center - other))
+    (one, from_one), (other, from_other) = beside(center, 1), beside(center, -1)
+    offset = mean_about(one, lambda v: v) - from_one
+    var = mean_about(other, abs_sq) - abs_sq(offset + from_other)
     return Statistics(count, center, offset, not_negative(var))
 
 

@@ -99,8 +99,8 @@ def _measure_tangent(reduction, _, primals, tangents):
     x, stored, weights = primals
     t, _, t_weights = tangents
     statistics = _named(measure(x, stored, weights, reduction, True))
-    point = beside(statistics.center, 2)
-    centered = (x - point) - (statistics.offset + (statistics.center - point)) if reduction.centered else x
+    point, from_point = beside(statistics.center, 2)
+    centered = (x - point) - (statistics.offset + from_point) if reduction.centered else x
     return statistics, _tangent(statistics, centered, t, weights, t_weights, reduction)
 
 
