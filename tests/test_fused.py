@@ -45,7 +45,7 @@ def draw(rng, dtype=np.float32):
 
 @pytest.mark.parametrize("invertible", [False, True], ids=["", "invertible"])
 @pytest.mark.parametrize("activation", NUMPY)
-@pytest.mark.parametrize("norm", [n for n in NORMS if n not in ("group", "given")])
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
 def test_values(rng, norm, activation, invertible):
     """Against NumPy in float64."""
     if invertible and activation not in UNDONE:
@@ -88,7 +88,7 @@ def test_invertible_derivatives(rng, x64, norm, activation, mode):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["batch", "layer", "group"])
 def test_invertible_gradients_are_exact_to_the_dtype(rng, norm, dtype):
     """What the output loses by rounding is all that the gradients lose."""
     x, scale, bias, residual, cotangent = draw(rng)

@@ -73,10 +73,9 @@ def test_both_roads_agree_for_every_norm(norm):
     assert_close(losses_by_hand, losses, 16 * 64 * 64)
 
 
-@pytest.mark.parametrize("road", ["jit", "shard_map"])
-def test_invertible_training_is_the_same_training(road):
-    losses, state = run(4, road, steps=5, activation="leaky_relu", invertible=True)
-    expected, expected_state = run(4, road, steps=5, activation="leaky_relu")
+def test_invertible_training_is_the_same_training():
+    losses, state = run(4, "shard_map", steps=5, activation="leaky_relu", invertible=True)
+    expected, expected_state = run(4, steps=5, activation="leaky_relu")
     assert_close(losses, expected, 5**2 * 64 * 64)
     for a, b in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected_state.batch_stats), strict=True):
         assert_close(a, b, 5**2 * 64 * 64)
