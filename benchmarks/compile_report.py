@@ -126,10 +126,10 @@ def stack(target: str):
             yield {"case": f"{how}, {name}", **costs(compiled, LAYERS * size(IMAGES, jnp.bfloat16, mesh))}
 
 
-def resnet_step(target: str, road: str, per_chip: int, **settings: Any) -> tuple[Any, int, int]:
+def resnet_step(target: str, road: str, per_chip: int) -> tuple[Any, int, int]:
     """A training step of ResNet-50, compiled; how many batch norms and parameter arrays it has."""
     mesh = targets.mesh_of(target)
-    model = training.make_model("resnet50", num_classes=1000, dtype=jnp.bfloat16, **settings)
+    model = training.make_model("resnet50", num_classes=1000, dtype=jnp.bfloat16)
     optimizer = training.make_optimizer("sgd", 0.1, weight_decay=1e-4)
     state = jax.eval_shape(lambda: training.init_state(model, optimizer, (224, 224, 3), seed=0, mesh=mesh))
     state = jax.tree.map(lambda a: shaped(a.shape, a.dtype, mesh), state)
@@ -193,7 +193,7 @@ def memory(target: str, examples: int = 256):
 
 
 CASES = {"norms": norms, "stack": stack, "memory": memory, "resnet": resnet}
-LIGHT = {"cpu": ("norms",), "tpu-v5e-1": ("norms", "stack"), "h200-1": ("norms", "stack", "memory", "resnet")}
+BY_DEFAULT = {"cpu": ("norms",), "tpu-v5e-1": ("norms", "stack"), "h200-1": ("norms", "stack", "memory", "resnet")}
 """What is compiled by default: for several chips, ResNet-50 alone."""
 
 
@@ -232,7 +232,7 @@ def main() -> None:
     by_chip: dict[str, list[dict[str, Any]]] = {}
     for target in chosen:
         rows = by_chip.setdefault(target.rpartition("-")[0] or target, [])
-        for case in settings.cases or LIGHT.get(target, ("resnet",)):
+        for case in settings.cases or BY_DEFAULT.get(target, ("resnet",)):
             try:
                 found = [{"target": target, **row} for row in CASES[case](target)]
             except targets.NotInstalledError as error:

@@ -27,8 +27,6 @@ from rich.table import Table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Runner = dict[str, object]
-
 
 def jax_runner(norm: str, kind: str, shape: tuple[int, ...], dtype: str, name: str):
     """A function without arguments that runs one library's layer and waits for it."""

@@ -180,7 +180,8 @@ def batch_norm(
 
     References:
       Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-      Shift", ICML 2015.
+      Shift", ICML 2015. Rota Bulo, Porzi and Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+      of DNNs", CVPR 2018, for ``invertible``.
     """
     function = "batch_norm"
     x = _axes.as_input(function, "x", x)

@@ -80,13 +80,14 @@ def _named(statistics: Statistics) -> Statistics:
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def measure(
-    x: jax.Array, stored: jax.Array, weights: jax.Array | None, reduction: Reduction, differentiated: bool = False
+    x: jax.Array, stored: jax.Array, weights: jax.Array | None, reduction: Reduction, once: bool = False
 ) -> Statistics:
     """The statistics of ``x``. Of the two parts of the mean, only ``offset`` is differentiated.
 
-    They are read from ``stored``, which is ``x`` in its own dtype and without derivative.
+    They are read from ``stored``, which is ``x`` in its own dtype and without derivative; in as few passes as can be
+    where ``once``, as they are when somebody differentiates.
     """
-    statistics = measure_locally(stored, weights, reduction, once=differentiated)
+    statistics = measure_locally(stored, weights, reduction, once)
     if reduction.channel_groups:
         statistics = merge(statistics, total_over_channels(reduction))
     if reduction.axis_name:

@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--model", default="cnn", choices=_models.MODELS, help="the network")
     what.add_argument("--norm", default="batch", choices=_models.NORMS, help="its normalization")
     what.add_argument("--place", default="before", choices=_models.PLACES, help="normalize before or after activation")
-    what.add_argument("--activation", default="relu", choices=_models.ACTIVATIONS)
+    what.add_argument("--activation", default="relu", choices=_models.ACTIVATIONS, help="of the network")
     what.add_argument("--invertible", action="store_true", help="store less of normalizations; with leaky_relu")
     what.add_argument("--momentum", type=float, default=0.9, help="weight of the old running averages")
     what.add_argument("--data", default="digits", choices=("digits", "mnist", "cifar10", "synthetic"), help="images")

@@ -200,7 +200,7 @@ def make_model(name: str, **settings: Any) -> nn.Module:
         if value not in known:
             raise ValueError(f"make_model: {what} must be one of {', '.join(known)}; got {value!r}.")
     if settings.get("invertible"):
-        chosen = {k: settings.get(k) for k in ("norm", "activation")}
+        chosen = {"norm": settings.get("norm", "batch"), "activation": settings.get("activation", "relu")}
         if chosen["norm"] == "none" or chosen["activation"] != "leaky_relu":
             raise ValueError(f"make_model: invertible needs a norm and activation='leaky_relu'; got {chosen}.")
     return MODELS[name](**settings)
