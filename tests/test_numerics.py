@@ -141,7 +141,7 @@ def test_slice_unlike_the_rest(rng, outlier):
     expected = (x - mean) / np.sqrt(var + 1e-5)
     # The slice is 1/64 of the data: its mean is at most 8 deviations off, the square of the offset 64 variances. So the
     # variance loses 65 times what the sums lose, which are pairwise: of n terms the root of log2(n) roundings, since
-    # errors add up at random. rstd loses half of that; shifting there and back by 8 deviations takes four roundings more.
+    # errors add up at random. rstd loses half of that; shifting there and back by 8 deviations takes four more.
     lost = 65 * np.log2(8 * 32 * 32) ** 0.5
     peak = np.abs(expected).max()
     np.testing.assert_allclose(y, expected, rtol=0, atol=(lost / 2 * peak + 4 * (8 + peak)) * 2.0**-24)
