@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxnorm import _axes
 
@@ -97,30 +98,40 @@ def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def settle(center: jax.Array) -> jax.Array:
-    """Round ``center`` by one bit, so that it is the same number to all who read it.
+    """``center``, which is now the same number to all who read it.
 
     Compilers contract ``x - sum * (1/n)`` to one operation and recompute it where they please: one reader would see the
     rounded product and another the exact one, a difference that matters where the mean is large. They cannot contract
-    across a loss of precision. Any center near the mean is as good as another.
+    across a minimum, even one with the largest number that there is.
     """
     if jnp.iscomplexobj(center):
         return lax.complex(settle(center.real), settle(center.imag))
-    info = jnp.finfo(center.dtype)
-    return lax.reduce_precision(center, info.nexp, info.nmant - 1)
+    return jnp.minimum(center, float(jnp.finfo(center.dtype).max))
 
 
-def beside(center: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
-    """A point so many roundings away from ``center``, `settled <settle>` too, and how far ``center`` is from there.
+def alone(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``function``, compiled by itself where the CPU is one device, and so its transpose.
 
-    On the CPU each sum over the data is about a point of its own: of differences from one point XLA makes an array
-    there, written once and read by every sum, where reading the data itself again takes half the time.
+    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but
+    the data in float32, becomes an array, and writing one takes longer than all the sums there are. Compiled by
+    themselves, they have nothing in common. Where the data may be split over several devices they stay together, so
+    that one collective can serve them.
     """
+    by_itself = jax.jit(jax.checkpoint(function, prevent_cse=False))  # pyright: ignore[reportPrivateImportUsage]
 
-    def apart(center):
-        point = settle(center * (1 + steps * 2 * float(jnp.finfo(center.dtype).eps)))
-        return point, center - point
+    def on_cpu(*args):
+        with set_xla_metadata(inlineable="false"):
+            return by_itself(*args)
 
-    return lax.platform_dependent(center, cpu=apart, default=lambda center: (center, jnp.zeros_like(center)))
+    return lambda *args: lax.platform_dependent(*args, cpu=on_cpu if one_cpu() else function, default=function)
+
+
+def one_cpu() -> bool:
+    """Whether there is a CPU to compute on, as one device."""
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:  # of JAX_PLATFORMS that leave it out
+        return False
 
 
 def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -184,32 +195,31 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
     so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation, for any data; what the
     sums themselves lose is besides. A weighted slice could be empty, so with weights, or where there is no axis to
     slice, the slice is everything. So it is, unless ``once`` is enough, where rows are reduced that lie in one piece:
-    they can stay on the chip and be read twice.
+    they stay on the chip while they are read again, by the normalization too.
     """
     axes, dtype = reduction.axes, _axes.statistics_dtype(x.dtype)
-    if not reduction.centered:
-        total = sum_over(weigh(abs_sq(x.astype(dtype)), weights), axes)
-        count, zero = count_over(total, x, weights, axes), jnp.zeros_like(total, dtype)
-        return Statistics(count, zero, zero, total / divisor(count))
-
     on_chip = not once and x.ndim - 1 in axes
+
+    def total(part, *center, power=lambda v: v):
+        def of(part, weights, *center):
+            values = part.astype(dtype)
+            for c in center:
+                values = values - c if weights is None else jnp.where(measured(weights), values - c, 0)
+            return sum_over(weigh(power(values), weights), axes)
+
+        return (of if on_chip else alone(of))(part, weights, *center)
+
+    if not reduction.centered:
+        second = total(x, power=abs_sq)
+        count, zero = count_over(second, x, weights, axes), jnp.zeros_like(second, dtype)
+        return Statistics(count, zero, zero, second / divisor(count))
+
     part = x if on_chip or weights is not None else sliced(x, axes)
-    total = sum_over(weigh(part.astype(dtype), weights), axes)
-    center = settle(total / divisor(count_over(total, part, weights, axes)))
-
-    def mean_about(center, power):
-        values = x.astype(dtype)
-        values = values - center if weights is None else jnp.where(measured(weights), values - center, 0)
-        return sum_over(weigh(power(values), weights), axes) / divisor(count)
-
-    count = count_over(total, x, weights, axes)
-    if on_chip:
-        offset, var = mean_about(center, lambda v: v), mean_about(center, abs_sq)
-        return Statistics(count, center, offset, not_negative(var - abs_sq(offset)))
-    (one, from_one), (other, from_other) = beside(center, 1), beside(center, -1)
-    offset = mean_about(one, lambda v: v) - from_one
-    var = mean_about(other, abs_sq) - abs_sq(offset + from_other)
-    return Statistics(count, center, offset, not_negative(var))
+    first = total(part)
+    center = settle(first / divisor(count_over(first, part, weights, axes)))
+    count = count_over(center, x, weights, axes)
+    offset, var = total(x, center) / divisor(count), total(x, center, power=abs_sq) / divisor(count)
+    return Statistics(count, center, offset, jnp.maximum(var - abs_sq(offset), 0))
 
 
 def merge(parts: Statistics, total: Total) -> Statistics:
@@ -249,7 +259,7 @@ def total_over_channels(reduction: Reduction) -> Total:
         total = jnp.broadcast_to(jnp.sum(by_group, place + 1, keepdims=True), by_group.shape)
         return jnp.expand_dims(total.reshape(v.shape), reduction.axes)
 
-    return lambda *values: tuple(map(one, values))
+    return lambda *values: tuple(map(alone(one), values))
 
 
 def varying(*values: jax.Array) -> frozenset[Any]:

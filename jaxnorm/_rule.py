@@ -13,7 +13,7 @@ The invertible mode is the same tangent, read from the output instead of the inp
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from jaxnorm._moments import (
     Reduction,
     Statistics,
     abs_sq,
-    beside,
+    alone,
     divisor,
     measure_locally,
     measured,
@@ -100,8 +100,7 @@ def _measure_tangent(reduction, _, primals, tangents):
     x, stored, weights = primals
     t, _, t_weights = tangents
     statistics = _named(measure(x, stored, weights, reduction, True))
-    point, from_point = beside(statistics.center, 2)
-    centered = (x - point) - (statistics.offset + from_point) if reduction.centered else x
+    centered = (x - statistics.center) - statistics.offset if reduction.centered else x
     return statistics, _tangent(statistics, centered, t, weights, t_weights, reduction)
 
 
@@ -145,8 +144,49 @@ def _constant_center(statistics: Statistics) -> Statistics:
     return statistics._replace(center=lax.stop_gradient(statistics.center))
 
 
+@jax.custom_jvp
+def _transform(values, x, weights, center, offset, rstd, scale, bias):
+    """``(values - center - offset) * rstd * scale + bias``, of which all but ``values`` and ``rstd`` may be missing.
+
+    ``values`` are what `_prepare` makes of ``x``. The derivative is the usual one, written out so that each sum of its
+    transpose can read ``x`` `alone`.
+    """
+    z = values if center is None else values - center
+    z = z if offset is None else z - offset
+    z = z * rstd if scale is None else z * rstd * scale
+    return z if bias is None else z + bias
+
+
+@partial(_transform.defjvp, symbolic_zeros=True)
+def _transform_tangent(primals, tangents):
+    _, x, weights, center, offset, rstd, scale, _ = primals
+    t, _, _, _, t_offset, t_rstd, t_scale, t_bias = tangents
+
+    def by_factor(rstd, scale, x, weights, center, offset):
+        return _transform(_prepare(x, weights), x, weights, center, offset, rstd, scale, None)
+
+    t_shift: Any = None
+    if offset is not None and not (_is_zero(t_offset) and _is_zero(t_rstd)):
+        t_shift = -(_dense(t_offset, offset) * rstd + offset * _dense(t_rstd, rstd))
+    parts = (
+        (t, lambda: t * rstd if scale is None else t * rstd * scale),
+        (t_rstd, lambda: alone(by_factor)(t_rstd, scale, x, weights, center, None)),
+        (t_shift, lambda: t_shift if scale is None else alone(jnp.multiply)(t_shift, scale)),
+        (t_scale, lambda: alone(by_factor)(rstd, t_scale, x, weights, center, offset)),
+        (t_bias, lambda: t_bias),
+    )
+    z = _transform(*primals)
+    return z, reduce(jnp.add, (part() for tangent, part in parts if not _is_zero(tangent)), jnp.zeros_like(z))
+
+
+def _dense(tangent: Any, primal: jax.Array) -> jax.Array:
+    return jnp.zeros_like(primal) if _is_zero(tangent) else tangent
+
+
 def _affine(
+    values: jax.Array,
     x: jax.Array,
+    weights: jax.Array | None,
     statistics: Statistics,
     scale: jax.Array | None,
     bias: jax.Array | None,
@@ -157,21 +197,22 @@ def _affine(
 ) -> jax.Array:
     """``(x - mean) * rsqrt(var + epsilon) * scale + bias + residual``, in the fewest steps over the data."""
     _, center, offset, var = statistics
-    rstd = lax.rsqrt(var + epsilon)
-    if not centered and bias is None:
-        z = x * rstd if scale is None else x * (rstd * scale)
-        return z if residual is None else z + residual.astype(z.dtype)
+    rstd, transform = lax.rsqrt(var + epsilon), partial(_transform, values, x, weights)
     scale = jnp.ones_like(var) if scale is None else scale
+    if not centered and bias is None:
+        z = transform(None, None, rstd, *vary((scale,), x), None)
+        return z if residual is None else z + residual.astype(z.dtype)
     bias = jnp.zeros_like(scale) if bias is None else bias
 
-    rstd, shift = vary((rstd, -offset * rstd), scale, bias)
+    rstd, offset = vary((rstd, offset), scale, bias)
     scale, bias = vary((scale, bias), rstd)
     if jnp.broadcast_shapes(scale.shape, rstd.shape) == rstd.shape:  # both are small: one multiplication and one sum
-        multiplier, constant = vary((rstd * scale, shift * scale + bias), x)
-        z = (x - center) * multiplier + constant
+        multiplier = rstd * scale
+        multiplier, constant = vary((multiplier, bias - offset * multiplier), x)
+        z = transform(center, None, multiplier, None, constant)
     else:
         scale, bias = vary((scale, bias), x)
-        z = ((x - center) * rstd + shift) * scale + bias
+        z = transform(center, offset, rstd, scale, bias)
     return z if residual is None else z + residual.astype(z.dtype)
 
 
@@ -204,7 +245,7 @@ def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction |
         statistics = _named(statistics) if once else statistics
     statistics = _constant_center(statistics)
     centered = reduction is None or reduction.centered
-    z = _affine(values, statistics, scale, bias, residual, centered=centered, epsilon=ends.epsilon)
+    z = _affine(values, x, weights, statistics, scale, bias, residual, centered=centered, epsilon=ends.epsilon)
     y = ends.activation(z.astype(ends.dtype))
     if (y.shape, y.dtype) != (z.shape, ends.dtype):
         expected = f"{z.shape} and {ends.dtype}"
@@ -233,7 +274,12 @@ def _normalized_tangent(reduction, ends, _, primals, tangents):
 
     at_zero = statistics._replace(center=jnp.zeros_like(centered, shape=()), offset=jnp.zeros_like(statistics.offset))
     t_at_zero = t_statistics._replace(center=jnp.zeros_like(at_zero.center))
-    affine = partial(_affine, centered=reduction is None or reduction.centered, epsilon=ends.epsilon)
+
+    def affine(values, *rest):
+        return _affine(
+            values, values, None, *rest, centered=reduction is None or reduction.centered, epsilon=ends.epsilon
+        )
+
     _, t_z = jax.jvp(affine, (centered, at_zero, scale, bias, residual), (t, t_at_zero, *t_parameters))
     _, t_y = jax.jvp(lambda z: ends.activation(z).astype(ends.dtype), (z,), (t_z,))
     return (y, statistics), (_fence(t_y), t_statistics)

@@ -10,6 +10,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxnorm import _moments  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -25,3 +27,15 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(params=["together", "alone"])
+def compiled(request, monkeypatch):
+    """Sums compiled with all else, as for several devices, and each by itself, as for one CPU."""
+    if request.param == "together":
+        yield
+        return
+    monkeypatch.setattr(_moments, "one_cpu", lambda: True)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

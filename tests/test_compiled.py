@@ -1,6 +1,7 @@
 """What compiled programs cost: the counter itself; ours and Flax's for every chip whose compiler is installed."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -104,9 +105,10 @@ def test_the_counter_on_a_compiled_program():
 
 
 def report(*arguments, tmp_path):
-    """Run the compile report in a process of its own; None where the compiler is not installed."""
+    """Run the compile report in a process of its own, without simulated devices; skip without the compiler."""
     command = [sys.executable, str(BENCHMARKS / "compile_report.py"), "--out", str(tmp_path), *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     if "is not installed" in ended.stderr:
         pytest.skip(ended.stderr.strip().splitlines()[-1])
     assert ended.returncode == 0, ended.stderr
@@ -118,23 +120,26 @@ def by_case(rows, *keys):
     return {tuple(row[k] for k in keys): row for row in rows}
 
 
-SLICE = 0.04
-"""What the slice that gives the center may add to the traffic, in activations: one in 64 positions or a few more."""
+SLICE = 1 / 49
+"""Of 56x56 positions, the center is the mean of 8x8."""
 
 
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
 def test_traffic(target, tmp_path):
-    """No norm moves more than Flax's; where the compiler is XLA's for the chip, the figures of the README."""
+    """No norm moves more than Flax's, but for the slice; where the compiler is installed, the figures of the README."""
     rows = by_case(report("--targets", target, "--cases", "norms", tmp_path=tmp_path), "norm", "kind", "dtype")
     assert len(rows) == 20
-    if target == "cpu":
-        for dtype, most in (("float32", 12.1), ("bfloat16", 24.2)):
-            ours, theirs = rows["batch", "step", dtype]["jaxnorm"], rows["batch", "step", dtype]["flax"]
-            assert ours["bytes"] <= min(most, theirs["bytes"])
-        return
+    slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 16, "rms": 0}
+    times = 3 if target == "cpu" else 1  # there it is also written and read again
     for (norm, kind, dtype), row in rows.items():
-        allowed = row["flax"]["bytes"] + (0.01 if norm == "rms" else SLICE if norm != "layer" else 1 / 16)
-        assert row["jaxnorm"]["bytes"] <= allowed, (norm, kind, dtype)
+        assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + times * slices[norm] + 0.003, (norm, kind, dtype)
+    if target == "cpu":
+        for (norm, kind, dtype), row in rows.items():
+            if kind == "step":
+                copies = 0 if dtype == "float32" else 2  # of the cotangent, in float32
+                assert row["jaxnorm"]["temporaries"] <= copies + 0.02, (norm, dtype)
+            elif dtype == "bfloat16":
+                assert row["jaxnorm"]["temporaries"] <= 0.02, norm
     if target == "h200-1":
         assert rows["batch", "step", "bfloat16"]["jaxnorm"]["bytes"] <= 7.1
         assert rows["batch", "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 3.1

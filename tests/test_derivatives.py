@@ -51,6 +51,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11)
 class TestAgainstNaive:
     """In float64 the two must agree to rounding: a wrong rule cannot."""
 
+    @pytest.mark.usefixtures("compiled")
     def test_jvp(self, rng, x64, norm):
         """For all four arguments, the weights included."""
         primals, tangents = draw(rng), draw(rng)
@@ -61,6 +62,7 @@ class TestAgainstNaive:
         ):
             close(mine, theirs)
 
+    @pytest.mark.usefixtures("compiled")
     def test_vjp(self, rng, x64, norm):
         primals, cotangent = draw(rng), rng.standard_normal(SHAPE)
         mine = jax.vjp(partial(ours, norm), *primals)[1](cotangent)
@@ -96,6 +98,7 @@ class TestAgainstNaive:
             close(function(ours), function(naive))
 
 
+@pytest.mark.usefixtures("compiled")
 def test_third_derivative(rng, x64):
     x, cotangent = rng.standard_normal(7), rng.standard_normal(7)
 
@@ -109,6 +112,7 @@ def test_third_derivative(rng, x64):
     close(mine, third(lambda x: (x - x.mean()) / jnp.sqrt(x.var() + 1e-3)))
 
 
+@pytest.mark.usefixtures("compiled")
 def test_gradients_of_the_statistics(rng, x64):
     """`moments`, and the moments that `batch_norm` returns, are differentiated as well."""
     x, w = rng.standard_normal((9, 3)), rng.random((9, 1)) + 0.1
@@ -135,6 +139,7 @@ def test_gradient_of_merged_moments_at_zero_variance():
     np.testing.assert_array_equal(gradient, 0.5)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("norm", NORMS)

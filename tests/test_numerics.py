@@ -40,6 +40,7 @@ def masks(rng, shape):
     return {"plain": None, "boolean": rng.random(column) < 0.3, "weights": rng.random(column).astype(np.float32)}
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("mask", ["plain", "boolean", "weights"])
 @pytest.mark.parametrize("kappa", KAPPAS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -97,6 +98,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("mask", ["plain", "boolean", "weights"])
 @pytest.mark.parametrize("kappa", KAPPAS)
 @pytest.mark.parametrize("name", OTHERS)
