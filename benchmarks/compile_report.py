@@ -36,7 +36,7 @@ import jaxnorm
 from jaxnorm import training
 from jaxnorm.training import _models, _steps
 
-IMAGES, ROWS = (128, 56, 56, 64), (8192, 1024)
+IMAGES, ROWS = (128, 56, 56, 64), (32768, 4096)
 LAYERS = 8
 
 

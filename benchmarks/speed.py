@@ -9,6 +9,7 @@ forward pass cannot take less, a step not less than 2.5 of it.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or PyTorch's threads would spin while others are timed
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 

@@ -27,9 +27,6 @@ center first, so that what is exchanged does not grow with their number."""
 STRIDE = 64
 """The center is the mean of one position in so many of the data."""
 
-STRIDE_ALONG_LAST = 16
-"""The same, where the last axis alone is reduced."""
-
 
 class Moments(NamedTuple):
     """Mean, biased variance and number of values of each feature.
@@ -177,7 +174,7 @@ def sliced(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     free = [a for a in axes if a > 0 and spec[a] is None]
     if free == [last]:
         length = x.shape[last]
-        size = -(-length // STRIDE_ALONG_LAST)
+        size = max(-(-length // STRIDE), min(length, 4))
         return lax.slice_in_dim(x, (length - size) // 2, (length + size) // 2, axis=last)
     free = [a for a in free if a != last]
     starts, strides = [0] * x.ndim, [1] * x.ndim
@@ -194,11 +191,11 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
     If the slice is a fraction f of the data, its mean K is never further from the mean than the square root of var / f,
     so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation, for any data; what the
     sums themselves lose is besides. A weighted slice could be empty, so with weights, or where there is no axis to
-    slice, the slice is everything. So it is, unless ``once`` is enough, where rows are reduced that lie in one piece:
-    they stay on the chip while they are read again, by the normalization too.
+    slice, the slice is everything. So it is, unless ``once`` is enough, where rows are reduced that lie in one piece: on
+    a GPU and a CPU one kernel can hold them and read them again, and normalize them too.
     """
     axes, dtype = reduction.axes, _axes.statistics_dtype(x.dtype)
-    on_chip = not once and x.ndim - 1 in axes
+    rows = x.ndim - 1 in axes
 
     def total(part, *center, power=lambda v: v):
         def of(part, weights, *center):
@@ -207,16 +204,27 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
                 values = values - c if weights is None else jnp.where(measured(weights), values - c, 0)
             return sum_over(weigh(power(values), weights), axes)
 
-        return (of if on_chip else alone(of))(part, weights, *center)
+        return (of if rows and not once else alone(of))(part, weights, *center)
+
+    def mean(part):
+        first = total(part)
+        return first / divisor(count_over(first, part, weights, axes))
+
+    def mean_of_slice(x):
+        return mean(sliced(x, axes))
 
     if not reduction.centered:
         second = total(x, power=abs_sq)
         count, zero = count_over(second, x, weights, axes), jnp.zeros_like(second, dtype)
         return Statistics(count, zero, zero, second / divisor(count))
 
-    part = x if on_chip or weights is not None else sliced(x, axes)
-    first = total(part)
-    center = settle(first / divisor(count_over(first, part, weights, axes)))
+    if weights is not None:
+        center = mean(x)
+    elif rows and not once:
+        center = lax.platform_dependent(x, tpu=mean_of_slice, default=mean)
+    else:
+        center = mean_of_slice(x)
+    center = settle(center)
     count = count_over(center, x, weights, axes)
     offset, var = total(x, center) / divisor(count), total(x, center, power=abs_sq) / divisor(count)
     return Statistics(count, center, offset, jnp.maximum(var - abs_sq(offset), 0))
