@@ -103,11 +103,12 @@ def runners(norm: str, kind: str, shape: tuple[int, ...], dtype: str) -> dict[st
 
 
 def measure(found: dict, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each run of each, in turn, for about so many seconds."""
-    times = {name: [] for name in found}
+    """Milliseconds of each run of each, in a new order every turn, for about so many seconds."""
+    times, order = {name: [] for name in found}, np.random.default_rng(0)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(times["copy"]) < 7:
-        for name, run in found.items():
+        for name in order.permutation(list(found)):
+            run = found[name]
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))

@@ -191,8 +191,8 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
     If the slice is a fraction f of the data, its mean K is never further from the mean than the square root of var / f,
     so that ``mean((x - K)^2) - mean(x - K)^2`` loses at most a factor 1 + 1/f to cancellation, for any data; what the
     sums themselves lose is besides. A weighted slice could be empty, so with weights, or where there is no axis to
-    slice, the slice is everything. So it is, unless ``once`` is enough, where rows are reduced that lie in one piece: on
-    a GPU and a CPU one kernel can hold them and read them again, and normalize them too.
+    slice, the slice is everything. So it is, unless the data should be read ``once``, where rows are reduced that lie
+    in one piece: on a GPU or a CPU one kernel can hold them, read them again, and normalize them too.
     """
     axes, dtype = reduction.axes, _axes.statistics_dtype(x.dtype)
     rows = x.ndim - 1 in axes
