@@ -121,7 +121,7 @@ def by_case(rows, *keys):
 
 
 SLICE = 1 / 49
-"""Of 56x56 positions, the center is the mean of 8x8."""
+"""Of 56x56 positions, the center is the mean of 8x8; on a CPU they are also written, and read again."""
 
 
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
@@ -129,17 +129,19 @@ def test_traffic(target, tmp_path):
     """No norm moves more than Flax's, but for the slice; where the compiler is installed, the figures of the README."""
     rows = by_case(report("--targets", target, "--cases", "norms", tmp_path=tmp_path), "norm", "kind", "dtype")
     assert len(rows) == 20
-    slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 16, "rms": 0}
-    times = 3 if target == "cpu" else 1  # there it is also written and read again
-    for (norm, kind, dtype), row in rows.items():
-        assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + times * slices[norm] + 0.003, (norm, kind, dtype)
     if target == "cpu":
         for (norm, kind, dtype), row in rows.items():
-            if kind == "step":
-                copies = 0 if dtype == "float32" else 2  # of the cotangent, in float32
-                assert row["jaxnorm"]["temporaries"] <= copies + 0.02, (norm, dtype)
-            elif dtype == "bfloat16":
-                assert row["jaxnorm"]["temporaries"] <= 0.02, norm
+            ours, theirs = row["jaxnorm"], row["flax"]
+            if kind == "step" or norm in ("layer", "rms"):
+                assert ours["bytes"] <= theirs["bytes"], (norm, kind, dtype)
+            else:  # of these XLA for CPU can make one kernel of Flax's, which adds up squares
+                assert ours["bytes"] <= 4 + 3 * SLICE + 0.02, (norm, kind, dtype)
+            copies = 2 if kind == "step" and dtype == "bfloat16" else 0  # of the cotangent, in float32
+            assert ours["temporaries"] <= copies + 0.02, (norm, kind, dtype)
+        return
+    slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 64, "rms": 0}
+    for (norm, kind, dtype), row in rows.items():
+        assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + slices[norm] + 0.003, (norm, kind, dtype)
     if target == "h200-1":
         assert rows["batch", "step", "bfloat16"]["jaxnorm"]["bytes"] <= 7.1
         assert rows["batch", "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 3.1

@@ -176,15 +176,21 @@ def test_residuals_at_inference(rng):
     assert [(k.shape, k.dtype) for k in jax.tree.leaves(pullback) if k.size > 4] == [(x.shape, x.dtype)]
 
 
+def primitives(jaxpr, name):
+    """How often a primitive is called, by jaxprs within as well."""
+    total = sum(eqn.primitive.name == name for eqn in jaxpr.eqns)
+    for value in jax.tree.leaves([eqn.params for eqn in jaxpr.eqns], is_leaf=lambda v: hasattr(v, "eqns")):
+        total += primitives(value, name) if hasattr(value, "eqns") else 0
+    return total
+
+
 def test_second_backward_pass_repeats_no_statistics(rng):
-    """Under a user's own `jax.checkpoint`, keeping "jaxnorm_stats" spares the reductions: the sums of the forward
-    pass appear once in the compiled program."""
+    """Under a user's own `jax.checkpoint`, keeping "jaxnorm_stats" spares the reductions."""
     x = jnp.asarray(rng.standard_normal((64, 16, 16, 8)), jnp.float32)
 
     def sums(policy):
         block = jax.checkpoint(lambda x: jnp.sin(jaxnorm.batch_norm(jnp.cos(x))[0]), policy=policy, prevent_cse=True)
-        jaxpr = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(block(x) ** 2)))(x)
-        return str(jaxpr).count("reduce_sum")
+        return primitives(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(block(x) ** 2)))(x), "reduce_sum")
 
     keep = jax.checkpoint_policies.save_only_these_names("jaxnorm_stats")
     assert sums(keep) < sums(None)
