@@ -28,6 +28,7 @@ from rich.table import Table
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or PyTorch's threads would spin while others are timed
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 
 def jax_runner(norm: str, kind: str, shape: tuple[int, ...], dtype: str, name: str):
@@ -121,15 +122,17 @@ def geometric_mean(ratios: list[float]) -> float:
 
 
 def summary(rows: list[dict]) -> dict:
-    """How many times as fast as each of the others, as geometric means over shapes and dtypes."""
+    """How many times as fast as each of the others: geometric mean and least, of all cases and by norm and dtype."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        for name in (row["kind"], f"{row['kind']}, {row['norm']}, {row['dtype']}"):
+            groups.setdefault(name, []).append(row["ms"])
     result = {}
-    for kind in cases.KINDS:
-        for other in sorted({name for row in rows for name in row["ms"]} - {"jaxnorm", "copy"}):
-            ratios = [r["ms"][other][1] / r["ms"]["jaxnorm"][1] for r in rows if r["kind"] == kind and other in r["ms"]]
-            if ratios:
-                result[f"{kind}, times as fast as {other}"] = {
-                    "geometric mean": round(geometric_mean(ratios), 3), "least": round(min(ratios), 3)
-                }  # fmt: skip
+    for name, times in groups.items():
+        for other in dict.fromkeys(n for ms in times for n in ms if n not in ("jaxnorm", "copy")):
+            ratios = [ms[other][1] / ms["jaxnorm"][1] for ms in times if other in ms]
+            figures = round(geometric_mean(ratios), 3), round(min(ratios), 3)
+            result.setdefault(name, {})[other] = dict(zip(("geometric mean", "least"), figures, strict=True))
     return result
 
 
@@ -145,10 +148,12 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
             heights = [r["ms"][name][1] / r["ms"]["copy"][1] if name in r["ms"] else 0 for r in chosen]
             panel.barh(np.arange(len(chosen)) + 0.8 * i / len(names), heights, 0.8 / len(names), label=name)
         panel.set_yticks(np.arange(len(chosen)) + 0.4, [f"{r['norm']}: {r['case']}, {r['dtype']}" for r in chosen])
-        panel.invert_yaxis()
-        panel.set(title=f"{kind}: time / time of a copy", xscale="log")
-        panel.legend()
+        panel.set(title=f"{kind}: time / time of a copy", xscale="log", xlim=(0.9, None), ylim=(len(chosen), -0.2))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_locator(NullLocator())
     figure.suptitle(title)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
