@@ -1,13 +1,14 @@
 """The differentiation rule, and the one affine map that every normalization is.
 
-Only the statistics have a rule of their own, and it is a ``custom_jvp``, because that composes with every
+The statistics have a rule of their own, and it is a ``custom_jvp``, because that composes with every
 transformation: forward mode, second derivatives, ``shard_map``, ``vmap``, ``pmap``. With weights w, n their sum and
 xc = x - mean, their tangents are (Ioffe and Szegedy, "Batch Normalization", 2015, section 3, read forwards)
 
     t_mean = sum(w * t) / n        t_var = 2 * sum(w * t * xc) / n
 
-whichever way the statistics themselves were computed. The rest, y = (x - mean) * rstd * scale + bias, is differentiated
-by jax; the transpose of the two together is the textbook backward pass, with two sums over the data and one collective.
+whichever way the statistics themselves were computed. The rest, y = (x - mean) * rstd * scale + bias, has the
+derivative that jax would find; the transpose of the two together is the textbook backward pass, with two sums over the
+data and one collective.
 
 The invertible mode is the same tangent, read from the output instead of the input; `_normalized_tangent` says how.
 """
@@ -148,8 +149,8 @@ def _constant_center(statistics: Statistics) -> Statistics:
 def _transform(values, x, weights, center, offset, rstd, scale, bias):
     """``(values - center - offset) * rstd * scale + bias``, of which all but ``values`` and ``rstd`` may be missing.
 
-    ``values`` are what `_prepare` makes of ``x``. The derivative is the usual one, written out so that each sum of its
-    transpose can read ``x`` `alone`.
+    ``values`` are what `_prepare` makes of ``x``; ``center`` is a constant. The derivative is the usual one, written
+    out so that each sum of its transpose can read ``x`` `alone`.
     """
     z = values if center is None else values - center
     z = z if offset is None else z - offset
