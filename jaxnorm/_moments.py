@@ -195,7 +195,7 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
     in one piece: on a GPU or a CPU one kernel can hold them, read them again, and normalize them too.
     """
     axes, dtype = reduction.axes, _axes.statistics_dtype(x.dtype)
-    rows = x.ndim - 1 in axes
+    rows = axes == (x.ndim - 1,)
 
     def total(part, *center, power=lambda v: v):
         def of(part, weights, *center):
