@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxnorm import _axes
+from jaxnorm._xla import alone, settle, sum_over
 
 GATHER_LIMIT = 32
 """Up to so many replicas exchange their moments in one collective, each in a slot of its own; more of them agree on a
 center first, so that what is exchanged does not grow with their number."""
 
-STRIDE = 64
+STRIDE = 256
 """The center is the mean of one position in so many of the data."""
 
 
@@ -76,59 +76,6 @@ Total = Callable[..., tuple[jax.Array, ...]]
 def abs_sq(x: jax.Array) -> jax.Array:
     """|x|^2, without the square root that ``abs`` takes of a complex number."""
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-
-
-def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sum over ``axes``, which stay with size one.
-
-    An array of rank six or more is reduced one axis at a time, as an array of rank three: jaxlib 0.10 and 0.11 crash on
-    reductions of high rank on CPU.
-    """
-    if x.ndim <= 5:
-        return jnp.sum(x, axes, keepdims=True)
-    shape = x.shape
-    for a in sorted(axes, reverse=True):
-        kept = (*shape[:a], 1, *shape[a + 1 :])
-        x = x.reshape(math.prod(shape[:a]), shape[a], math.prod(shape[a + 1 :]))
-        x, shape = jnp.sum(x, 1).reshape(kept), kept
-    return x
-
-
-def settle(center: jax.Array) -> jax.Array:
-    """``center``, which is now the same number to all who read it.
-
-    Compilers contract ``x - sum * (1/n)`` to one operation and recompute it where they please: one reader would see the
-    rounded product and another the exact one, a difference that matters where the mean is large. They cannot contract
-    across a minimum, even one with the largest number that there is.
-    """
-    if jnp.iscomplexobj(center):
-        return lax.complex(settle(center.real), settle(center.imag))
-    return jnp.minimum(center, float(jnp.finfo(center.dtype).max))
-
-
-def alone(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """``function``, compiled by itself where the CPU is one device, and so its transpose.
-
-    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but
-    the data in float32, becomes an array, and writing one takes longer than all the sums there are. Compiled by
-    themselves, they have nothing in common. Where the data may be split over several devices they stay together, so
-    that one collective can serve them.
-    """
-    by_itself = jax.jit(jax.checkpoint(function, prevent_cse=False))  # pyright: ignore[reportPrivateImportUsage]
-
-    def on_cpu(*args):
-        with set_xla_metadata(inlineable="false"):
-            return by_itself(*args)
-
-    return lambda *args: lax.platform_dependent(*args, cpu=on_cpu if one_cpu() else function, default=function)
-
-
-def one_cpu() -> bool:
-    """Whether there is a CPU to compute on, as one device."""
-    try:
-        return jax.device_count("cpu") == 1
-    except RuntimeError:  # of JAX_PLATFORMS that leave it out
-        return False
 
 
 def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:

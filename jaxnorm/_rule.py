@@ -25,24 +25,23 @@ from jax.custom_derivatives import SymbolicZero
 from jax.dtypes import float0
 
 from jaxnorm import _axes
-from jaxnorm._activations import NOTHING, After, check_activation, identity, inverse_of
+from jaxnorm._activations import NOTHING, After, check_activation, inverse_of
 from jaxnorm._moments import (
     Moments,
     Reduction,
     Statistics,
     abs_sq,
-    alone,
     divisor,
     measure_locally,
     measured,
     merge,
     merge_replicas,
-    sum_over,
     total_over_channels,
     total_over_replicas,
     vary,
     weigh,
 )
+from jaxnorm._xla import alone, fence, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 """Names in a ``jax.checkpoint`` policy: of the statistics, and of an output from which the input can be recovered."""
@@ -145,39 +144,47 @@ def _constant_center(statistics: Statistics) -> Statistics:
     return statistics._replace(center=lax.stop_gradient(statistics.center))
 
 
-@jax.custom_jvp
-def _transform(values, x, weights, center, offset, rstd, scale, bias):
-    """``(values - center - offset) * rstd * scale + bias``, of which all but ``values`` and ``rstd`` may be missing.
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _transform(dtype, values, x, weights, center, offset, rstd, scale, bias, residual):
+    """``(values - center - offset) * rstd * scale + bias + residual``, in ``dtype``.
 
-    ``values`` are what `_prepare` makes of ``x``; ``center`` is a constant. The derivative is the usual one, written
-    out so that each sum of its transpose can read ``x`` `alone`.
+    All but ``values`` and ``rstd`` may be missing. ``values`` are what `_prepare` makes of ``x``; ``center`` is a
+    constant. The derivative is the usual one, written out so that each sum of its transpose can read ``x`` and the
+    cotangent `alone`.
     """
     z = values if center is None else values - center
     z = z if offset is None else z - offset
     z = z * rstd if scale is None else z * rstd * scale
-    return z if bias is None else z + bias
+    z = z if bias is None else z + bias
+    z = z if residual is None else z + residual.astype(z.dtype)
+    return z.astype(dtype)
 
 
 @partial(_transform.defjvp, symbolic_zeros=True)
-def _transform_tangent(primals, tangents):
-    _, x, weights, center, offset, rstd, scale, _ = primals
-    t, _, _, _, t_offset, t_rstd, t_scale, t_bias = tangents
+def _transform_tangent(dtype, primals, tangents):
+    values, x, weights, center, offset, rstd, scale, *_ = primals
+    t, _, _, _, t_offset, t_rstd, t_scale, t_bias, t_residual = tangents
+    alone_in_dtype, zeros = partial(alone, dtype=dtype), partial(jnp.zeros_like, values)
 
     def by_factor(rstd, scale, x, weights, center, offset):
-        return _transform(_prepare(x, weights), x, weights, center, offset, rstd, scale, None)
+        return _transform(values.dtype, _prepare(x, weights), x, weights, center, offset, rstd, scale, None, None)
+
+    def spread(shift, scale):
+        return zeros() + (shift if scale is None else shift * scale)
 
     t_shift: Any = None
     if offset is not None and not (_is_zero(t_offset) and _is_zero(t_rstd)):
         t_shift = -(_dense(t_offset, offset) * rstd + offset * _dense(t_rstd, rstd))
     parts = (
         (t, lambda: t * rstd if scale is None else t * rstd * scale),
-        (t_rstd, lambda: alone(by_factor)(t_rstd, scale, x, weights, center, None)),
-        (t_shift, lambda: t_shift if scale is None else alone(jnp.multiply)(t_shift, scale)),
-        (t_scale, lambda: alone(by_factor)(rstd, t_scale, x, weights, center, offset)),
-        (t_bias, lambda: t_bias),
+        (t_rstd, lambda: alone_in_dtype(by_factor)(t_rstd, scale, x, weights, center, None)),
+        (t_shift, lambda: alone_in_dtype(spread)(t_shift, scale)),
+        (t_scale, lambda: alone_in_dtype(by_factor)(rstd, t_scale, x, weights, center, offset)),
+        (t_bias, lambda: alone_in_dtype(spread)(t_bias, None)),
+        (t_residual, lambda: t_residual.astype(values.dtype)),
     )
-    z = _transform(*primals)
-    return z, reduce(jnp.add, (part() for tangent, part in parts if not _is_zero(tangent)), jnp.zeros_like(z))
+    t_z = reduce(jnp.add, (part() for tangent, part in parts if not _is_zero(tangent)), zeros())
+    return _transform(dtype, *primals), t_z.astype(dtype)
 
 
 def _dense(tangent: Any, primal: jax.Array) -> jax.Array:
@@ -193,16 +200,16 @@ def _affine(
     bias: jax.Array | None,
     residual: jax.Array | None,
     *,
+    dtype: Any,
     centered: bool,
     epsilon: float,
 ) -> jax.Array:
     """``(x - mean) * rsqrt(var + epsilon) * scale + bias + residual``, in the fewest steps over the data."""
     _, center, offset, var = statistics
-    rstd, transform = lax.rsqrt(var + epsilon), partial(_transform, values, x, weights)
+    rstd, transform = lax.rsqrt(var + epsilon), partial(_transform, dtype, values, x, weights)
     scale = jnp.ones_like(var) if scale is None else scale
     if not centered and bias is None:
-        z = transform(None, None, rstd, *vary((scale,), x), None)
-        return z if residual is None else z + residual.astype(z.dtype)
+        return transform(None, None, rstd, *vary((scale,), x), None, residual)
     bias = jnp.zeros_like(scale) if bias is None else bias
 
     rstd, offset = vary((rstd, offset), scale, bias)
@@ -210,11 +217,9 @@ def _affine(
     if jnp.broadcast_shapes(scale.shape, rstd.shape) == rstd.shape:  # both are small: one multiplication and one sum
         multiplier = rstd * scale
         multiplier, constant = vary((multiplier, bias - offset * multiplier), x)
-        z = transform(center, None, multiplier, None, constant)
-    else:
-        scale, bias = vary((scale, bias), x)
-        z = transform(center, offset, rstd, scale, bias)
-    return z if residual is None else z + residual.astype(z.dtype)
+        return transform(center, None, multiplier, None, constant, residual)
+    scale, bias = vary((scale, bias), x)
+    return transform(center, offset, rstd, scale, bias, residual)
 
 
 def _unaffine(
@@ -246,8 +251,10 @@ def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction |
         statistics = _named(statistics) if once else statistics
     statistics = _constant_center(statistics)
     centered = reduction is None or reduction.centered
-    z = _affine(values, x, weights, statistics, scale, bias, residual, centered=centered, epsilon=ends.epsilon)
-    y = ends.activation(z.astype(ends.dtype))
+    z = _affine(
+        values, x, weights, statistics, scale, bias, residual, dtype=ends.dtype, centered=centered, epsilon=ends.epsilon
+    )
+    y = ends.activation(z)
     if (y.shape, y.dtype) != (z.shape, ends.dtype):
         expected = f"{z.shape} and {ends.dtype}"
         raise ValueError(f"activation must keep shape and dtype, {expected}; got {y.shape} and {y.dtype}.")
@@ -267,7 +274,7 @@ def _normalized_tangent(reduction, ends, _, primals, tangents):
     t, t_weights, t_statistics, *t_parameters = tangents
     y, statistics = _normalized(x, weights, given, scale, bias, residual, reduction, ends, True)
     y = checkpoint_name(y, OUTPUT)
-    z = ends.inverse(_fence(y).astype(statistics.offset.dtype))
+    z = ends.inverse(fence(y).astype(statistics.offset.dtype))
     centered = _unaffine(z, statistics, scale, bias, residual, ends.epsilon)
     t = t.astype(centered.dtype)
     if reduction is not None:
@@ -278,17 +285,18 @@ def _normalized_tangent(reduction, ends, _, primals, tangents):
 
     def affine(values, *rest):
         return _affine(
-            values, values, None, *rest, centered=reduction is None or reduction.centered, epsilon=ends.epsilon
+            values,
+            values,
+            None,
+            *rest,
+            dtype=values.dtype,
+            centered=reduction is None or reduction.centered,
+            epsilon=ends.epsilon,
         )
 
     _, t_z = jax.jvp(affine, (centered, at_zero, scale, bias, residual), (t, t_at_zero, *t_parameters))
     _, t_y = jax.jvp(lambda z: ends.activation(z).astype(ends.dtype), (z,), (t_z,))
-    return (y, statistics), (_fence(t_y), t_statistics)
-
-
-def _fence(value: jax.Array) -> jax.Array:
-    """``value``, of which XLA cannot, on a GPU, compute and store in the forward pass what the backward pass needs."""
-    return lax.platform_dependent(value, cuda=lax.optimization_barrier, default=identity)
+    return (y, statistics), (fence(t_y), t_statistics)
 
 
 def _moments(statistics: Statistics) -> Moments:

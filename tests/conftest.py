@@ -10,7 +10,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from jaxnorm import _moments  # noqa: E402
+from jaxnorm import _xla  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,7 +35,7 @@ def compiled(request, monkeypatch):
     if request.param == "together":
         yield
         return
-    monkeypatch.setattr(_moments, "one_cpu", lambda: True)
+    monkeypatch.setattr(_xla, "one_cpu", lambda: True)
     jax.clear_caches()
     yield
     jax.clear_caches()

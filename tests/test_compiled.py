@@ -120,8 +120,8 @@ def by_case(rows, *keys):
     return {tuple(row[k] for k in keys): row for row in rows}
 
 
-SLICE = 1 / 49
-"""Of 56x56 positions, the center is the mean of 8x8; on a CPU they are also written, and read again."""
+SLICE = 1 / 196
+"""Of 56x56 positions, the center is the mean of 4x4; on a CPU they are also written, and read again."""
 
 
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
@@ -135,11 +135,13 @@ def test_traffic(target, tmp_path):
             if kind == "step" or norm in ("layer", "rms"):
                 assert ours["bytes"] <= theirs["bytes"], (norm, kind, dtype)
             else:  # of these XLA for CPU can make one kernel of Flax's, which adds up squares
-                assert ours["bytes"] <= 4 + 3 * SLICE + 0.02, (norm, kind, dtype)
-            copies = 2 if kind == "step" and dtype == "bfloat16" else 0  # of the cotangent, in float32
-            assert ours["temporaries"] <= copies + 0.02, (norm, kind, dtype)
+                assert ours["bytes"] <= 4 + 3 * SLICE + 0.03, (norm, kind, dtype)
+            assert ours["temporaries"] <= 0.02, (norm, kind, dtype)
+            # What float32 takes bfloat16 takes in its own size, but for what is not data: nothing is copied to float32.
+            wide = rows[norm, kind, "float32"]["jaxnorm"]["bytes"]
+            assert ours["bytes"] <= wide + 0.1, (norm, kind, dtype)
         return
-    slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 64, "rms": 0}
+    slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 256, "rms": 0}
     for (norm, kind, dtype), row in rows.items():
         assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + slices[norm] + 0.003, (norm, kind, dtype)
     if target == "h200-1":

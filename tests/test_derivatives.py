@@ -99,6 +99,58 @@ class TestAgainstNaive:
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("norm", NORMS)
+class TestBfloat16:
+    """Arithmetic and sums are float32: what is in bfloat16 is rounded once, and what is not, not at all."""
+
+    def functions(self, norm):
+        return (
+            lambda x, scale, bias: ours(norm, x, scale, bias, None),
+            lambda *p: naive(norm, *(jnp.asarray(a, jnp.float64) for a in p), jnp.ones(SHAPE)),
+        )
+
+    def draw(self, rng, x):
+        return jnp.asarray(x, jnp.bfloat16), *(jnp.asarray(rng.standard_normal(4), jnp.float32) for _ in range(2))
+
+    def primals(self, rng):
+        """Of which every norm has a variance of about 1.25."""
+        return self.draw(rng, rng.permuted(np.broadcast_to([-1.5, -0.5, 0.5, 1.5], SHAPE), axis=-1))
+
+    def test_jvp(self, rng, x64, norm):
+        """Where the tangents of data and mean nearly cancel, so that a rounding of each of them would show."""
+        primals, tangents = self.primals(rng), self.draw(rng, 64 + rng.standard_normal(SHAPE))
+        got, expected = (jax.jvp(f, primals, tangents)[1] for f in self.functions(norm))
+        assert got.dtype == jnp.bfloat16
+        largest = 64 * np.abs(primals[1]).max()  # of what is added up
+        bound = 2.0**-8 * np.abs(expected) + 4 * 2.0**-17 * largest
+        np.testing.assert_array_less(np.abs(np.asarray(got, np.float64) - expected), bound)
+
+    def test_vjp(self, rng, x64, norm):
+        primals, cotangent = self.primals(rng), jnp.asarray(rng.standard_normal(SHAPE), jnp.bfloat16)
+        got, expected = (jax.vjp(f, *primals) for f in self.functions(norm))
+        for g, e in zip(got[1](cotangent), expected[1](cotangent.astype(jnp.float64)), strict=True):
+            rounding = 2.0**-8 if g.dtype == jnp.bfloat16 else 0
+            e = np.asarray(e, np.float64)
+            bound = rounding * np.abs(e) + 2.0**-24 * 120 * (1 + np.abs(e).max())
+            np.testing.assert_array_less(np.abs(np.asarray(g, np.float64) - e), bound)
+
+    @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+    def test_second_derivatives(self, rng, x64, norm, mode):
+        """The first derivatives, which are in bfloat16 in between, leave some roundings."""
+        primals, tangents, c = self.primals(rng), self.draw(rng, rng.standard_normal(SHAPE)), rng.standard_normal(SHAPE)
+
+        def hessian_product(function):
+            grad = jax.grad(lambda *p: jnp.sum(jnp.sin(function(*p).astype(jnp.float32)) * c), (0, 1, 2))
+            if mode == "forward over reverse":
+                return jax.jvp(grad, primals, tangents)[1]
+            return jax.vjp(grad, *primals)[1](tangents)
+
+        for got, expected in zip(*map(hessian_product, self.functions(norm)), strict=True):
+            got, expected = (np.asarray(v, np.float64) for v in (got, expected))
+            np.testing.assert_allclose(got, expected, rtol=0, atol=8 * 2.0**-8 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("compiled")
 def test_third_derivative(rng, x64):
     x, cotangent = rng.standard_normal(7), rng.standard_normal(7)
 

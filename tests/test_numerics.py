@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm
-from jaxnorm._moments import sliced
+from jaxnorm._moments import STRIDE, sliced
 
 KAPPAS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]
 SHAPES = [(4096, 8), (32, 56, 56, 8)]
@@ -134,19 +134,20 @@ def test_half_precision_is_one_rounding(rng, dtype, mean, std):
 @pytest.mark.parametrize("outlier", [1e3, 1e6])
 def test_slice_unlike_the_rest(rng, outlier):
     """The bound holds for any data: here the slice that gives the center is far from everything else."""
-    x = draw(rng, (8, 32, 32, 4), 0)
-    x[:, 4::8, 4::8] += np.float32(outlier)
+    x, stride = draw(rng, (8, 64, 64, 4), 0), int(STRIDE**0.5)
+    x[:, stride // 2 :: stride, stride // 2 :: stride] += np.float32(outlier)
     center = sliced(jnp.asarray(x), (0, 1, 2)).mean((0, 1, 2))
     assert (np.abs(center) > 0.9 * outlier).all()
     y, batch = jaxnorm.batch_norm(x)
     mean, var = exact(x, (0, 1, 2))
     expected = (x - mean) / np.sqrt(var + 1e-5)
-    # The slice is 1/64 of the data: its mean is at most 8 deviations off, the square of the offset 64 variances. So the
-    # variance loses 65 times what the sums lose, which are pairwise: of n terms the root of log2(n) roundings, since
-    # errors add up at random. rstd loses half of that; shifting there and back by 8 deviations takes four more.
-    lost = 65 * np.log2(8 * 32 * 32) ** 0.5
+    # The slice is one position in STRIDE: its mean is at most the root of that off, in deviations, and the square of
+    # the offset at most STRIDE variances. So the variance loses so many times, and once, what the sums lose, which are
+    # pairwise: of n terms the root of log2(n) roundings, since errors add up at random. rstd loses half of that;
+    # shifting there and back by as many deviations takes four more.
+    lost = (1 + STRIDE) * np.log2(8 * 64 * 64) ** 0.5
     peak = np.abs(expected).max()
-    np.testing.assert_allclose(y, expected, rtol=0, atol=(lost / 2 * peak + 4 * (8 + peak)) * 2.0**-24)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=(lost / 2 * peak + 4 * (stride + peak)) * 2.0**-24)
     np.testing.assert_allclose(batch.var, var[0, 0, 0], rtol=lost * 2.0**-24)
 
 
