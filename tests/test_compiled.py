@@ -123,6 +123,9 @@ def by_case(rows, *keys):
 SLICE = 1 / 196
 """Of 56x56 positions, the center is the mean of 4x4; on a CPU they are also written, and read again."""
 
+SMALL = 4 / (2 * 56 * 56)
+"""Of an activation in bfloat16, one float32 for each channel of each image, as statistics are."""
+
 
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
 def test_traffic(target, tmp_path):
@@ -135,7 +138,7 @@ def test_traffic(target, tmp_path):
             if kind == "step" or norm in ("layer", "rms"):
                 assert ours["bytes"] <= theirs["bytes"], (norm, kind, dtype)
             else:  # of these XLA for CPU can make one kernel of Flax's, which adds up squares
-                assert ours["bytes"] <= 4 + 3 * SLICE + 0.03, (norm, kind, dtype)
+                assert ours["bytes"] <= 4 + 3 * SLICE + 0.0005 + 48 * SMALL, (norm, kind, dtype)
             assert ours["temporaries"] <= 0.02, (norm, kind, dtype)
             # What float32 takes bfloat16 takes in its own size, but for what is not data: nothing is copied to float32.
             wide = rows[norm, kind, "float32"]["jaxnorm"]["bytes"]
@@ -143,7 +146,8 @@ def test_traffic(target, tmp_path):
         return
     slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 256, "rms": 0}
     for (norm, kind, dtype), row in rows.items():
-        assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + slices[norm] + 0.003, (norm, kind, dtype)
+        more = slices[norm] + 0.0005 + 8 * SMALL
+        assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + more, (norm, kind, dtype)
     if target == "h200-1":
         assert rows["batch", "step", "bfloat16"]["jaxnorm"]["bytes"] <= 7.1
         assert rows["batch", "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 3.1
