@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm import _axes
-from jaxnorm._xla import alone, settle, sum_over
+from jaxnorm._xla import alone, settle, sum_alone, sum_over
 
 GATHER_LIMIT = 32
 """Up to so many replicas exchange their moments in one collective, each in a slot of its own; more of them agree on a
@@ -149,9 +149,11 @@ def measure_locally(x: jax.Array, weights: jax.Array | None, reduction: Reductio
             values = part.astype(dtype)
             for c in center:
                 values = values - c if weights is None else jnp.where(measured(weights), values - c, 0)
-            return sum_over(weigh(power(values), weights), axes)
+            return weigh(power(values), weights)
 
-        return (of if rows and not once else alone(of))(part, weights, *center)
+        if rows and not once:
+            return sum_over(of(part, weights, *center), axes)
+        return sum_alone(of, axes, in_turn=once)(part, weights, *center)
 
     def mean(part):
         first = total(part)

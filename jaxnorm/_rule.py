@@ -41,7 +41,7 @@ from jaxnorm._moments import (
     vary,
     weigh,
 )
-from jaxnorm._xla import alone, fence, sum_over
+from jaxnorm._xla import fence, spread_alone, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 """Names in a ``jax.checkpoint`` policy: of the statistics, and of an output from which the input can be recovered."""
@@ -164,23 +164,23 @@ def _transform(dtype, values, x, weights, center, offset, rstd, scale, bias, res
 def _transform_tangent(dtype, primals, tangents):
     values, x, weights, center, offset, rstd, scale, *_ = primals
     t, _, _, _, t_offset, t_rstd, t_scale, t_bias, t_residual = tangents
-    alone_in_dtype, zeros = partial(alone, dtype=dtype), partial(jnp.zeros_like, values)
+    spread, zeros = partial(spread_alone, dtype=dtype), partial(jnp.zeros_like, values)
 
-    def by_factor(rstd, scale, x, weights, center, offset):
-        return _transform(values.dtype, _prepare(x, weights), x, weights, center, offset, rstd, scale, None, None)
+    def factor(t, rest, x, weights, center, offset):
+        return _transform(values.dtype, _prepare(x, weights), x, weights, center, offset, t, rest, None, None)
 
-    def spread(shift, scale):
-        return zeros() + (shift if scale is None else shift * scale)
+    def summand(t, rest):
+        return zeros() + (t if rest is None else t * rest)
 
     t_shift: Any = None
     if offset is not None and not (_is_zero(t_offset) and _is_zero(t_rstd)):
         t_shift = -(_dense(t_offset, offset) * rstd + offset * _dense(t_rstd, rstd))
     parts = (
         (t, lambda: t * rstd if scale is None else t * rstd * scale),
-        (t_rstd, lambda: alone_in_dtype(by_factor)(t_rstd, scale, x, weights, center, None)),
-        (t_shift, lambda: alone_in_dtype(spread)(t_shift, scale)),
-        (t_scale, lambda: alone_in_dtype(by_factor)(rstd, t_scale, x, weights, center, offset)),
-        (t_bias, lambda: alone_in_dtype(spread)(t_bias, None)),
+        (t_rstd, lambda: spread(factor)(t_rstd, scale, x, weights, center, None)),
+        (t_shift, lambda: spread(summand)(t_shift, scale)),
+        (t_scale, lambda: spread(factor)(t_scale, rstd, x, weights, center, offset)),
+        (t_bias, lambda: spread(summand)(t_bias, None)),
         (t_residual, lambda: t_residual.astype(values.dtype)),
     )
     t_z = reduce(jnp.add, (part() for tangent, part in parts if not _is_zero(tangent)), zeros())

@@ -126,6 +126,9 @@ SLICE = 1 / 196
 SMALL = 4 / (2 * 56 * 56)
 """Of an activation in bfloat16, one float32 for each channel of each image, as statistics are."""
 
+PARTIAL = 1 / 56
+"""Of an activation, in its dtype, a sum over the last axis of each image, as a CPU takes them in a step."""
+
 
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
 def test_traffic(target, tmp_path):
@@ -139,10 +142,10 @@ def test_traffic(target, tmp_path):
                 assert ours["bytes"] <= theirs["bytes"], (norm, kind, dtype)
             else:  # of these XLA for CPU can make one kernel of Flax's, which adds up squares
                 assert ours["bytes"] <= 4 + 3 * SLICE + 0.0005 + 48 * SMALL, (norm, kind, dtype)
-            assert ours["temporaries"] <= 0.02, (norm, kind, dtype)
-            # What float32 takes bfloat16 takes in its own size, but for what is not data: nothing is copied to float32.
-            wide = rows[norm, kind, "float32"]["jaxnorm"]["bytes"]
-            assert ours["bytes"] <= wide + 0.1, (norm, kind, dtype)
+            # Sums are in float32: two sizes of bfloat16. The data are not.
+            partial = {"float32": PARTIAL, "bfloat16": 2 * PARTIAL}[dtype] if kind == "step" else 0
+            assert ours["temporaries"] <= 2 * partial + 0.01, (norm, kind, dtype)
+            assert ours["bytes"] <= {"forward": 4, "step": 13 if norm == "layer" else 10}[kind] + 20 * partial + 0.05
         return
     slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 256, "rms": 0}
     for (norm, kind, dtype), row in rows.items():
