@@ -127,7 +127,7 @@ SMALL = 4 / (2 * 56 * 56)
 """Of an activation in bfloat16, one float32 for each channel of each image, as statistics are."""
 
 PARTIAL = 1 / 56
-"""Of an activation, in its dtype, a sum over the last axis of each image, as a CPU takes them in a step."""
+"""Of an activation, the sums over the last axis of each image, as a CPU takes them first in a step."""
 
 
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
@@ -142,10 +142,13 @@ def test_traffic(target, tmp_path):
                 assert ours["bytes"] <= theirs["bytes"], (norm, kind, dtype)
             else:  # of these XLA for CPU can make one kernel of Flax's, which adds up squares
                 assert ours["bytes"] <= 4 + 3 * SLICE + 0.0005 + 48 * SMALL, (norm, kind, dtype)
-            # Sums are in float32: two sizes of bfloat16. The data are not.
-            partial = {"float32": PARTIAL, "bfloat16": 2 * PARTIAL}[dtype] if kind == "step" else 0
-            assert ours["temporaries"] <= 2 * partial + 0.01, (norm, kind, dtype)
-            assert ours["bytes"] <= {"forward": 4, "step": 13 if norm == "layer" else 10}[kind] + 20 * partial + 0.05
+            # Nothing is copied to float32. What is, are the sums: two sizes of bfloat16.
+            in_turn = kind == "step" and norm in ("group", "instance")
+            partial = PARTIAL * 4 / jax.numpy.dtype(dtype).itemsize if in_turn else 0
+            assert ours["temporaries"] <= 2 * partial + 0.005, (norm, kind, dtype)
+            if kind == "step":
+                floor = 13 if norm == "layer" else 10
+                assert ours["bytes"] <= floor + 3 * SLICE + 18 * partial + 0.015, (norm, kind, dtype)
         return
     slices = {"batch": SLICE, "group": SLICE, "instance": SLICE, "layer": 1 / 256, "rms": 0}
     for (norm, kind, dtype), row in rows.items():
