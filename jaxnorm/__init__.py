@@ -1,23 +1,26 @@
-"""Normalization for JAX: one statistics engine, one differentiation rule, five normalizations."""
+"""Normalization for JAX: one statistics engine, one differentiation rule, and what is made of them."""
 
-from jaxnorm._activations import InvertibleActivation
-from jaxnorm._batch_norm import (
-    RunningStats,
+from jaxnorm._epilogue import InvertibleActivation
+from jaxnorm._moments import Moments, Statistics
+from jaxnorm._rule import save_statistics
+from jaxnorm.functional import (
     batch_norm,
-    init_running,
-    merge_moments,
+    group_norm,
+    instance_norm,
+    layer_norm,
     moments,
     normalize,
-    update_running,
+    rms_norm,
+    standardize,
 )
-from jaxnorm._functional import group_norm, instance_norm, layer_norm, rms_norm
-from jaxnorm._moments import Moments
+from jaxnorm.running import RunningStats, init_running, merge_moments, update_running
 
 __version__ = "0.1.0"
 __all__ = [
     "InvertibleActivation",
     "Moments",
     "RunningStats",
+    "Statistics",
     "batch_norm",
     "group_norm",
     "init_running",
@@ -27,5 +30,7 @@ __all__ = [
     "moments",
     "normalize",
     "rms_norm",
+    "save_statistics",
+    "standardize",
     "update_running",
 ]

@@ -7,6 +7,9 @@ the function, the argument, the rule and the value: ``group_norm: num_groups mus
 import math
 import numbers
 import operator
+import os
+import sys
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -26,14 +29,26 @@ def fail(function: str, rule: str, got: dict[str, Any], error: type[Exception] =
     raise error(f"{function}: {rule}; got {values}.")
 
 
+def warn(function: str, message: str) -> None:
+    """Warn of ``message``, at the line of the caller that is neither in this package nor in JAX or Flax."""
+    inside = tuple(os.path.dirname(sys.modules[name].__file__ or "") for name in ("jaxnorm", "jax", "flax") if name in sys.modules)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"{function}: {message}", stacklevel=level - 1)
+
+
 def as_array(function: str, name: str, value: Any) -> jax.Array:
-    """``value`` as an array of whatever dtype it has."""
+    """``value`` as an array of whatever dtype it has; of either byte order."""
     if isinstance(value, jax.Array):
         return value
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError):
-        fail(function, f"{name} must be an array", {name: value}, TypeError)
+    except (TypeError, ValueError) as error:
+        got = {"type": type(value).__name__} | ({"dtype": str(value.dtype)} if hasattr(value, "dtype") else {})
+        fail(function, f"{name} must be what jax can make an array of ({str(error).splitlines()[0]})", got, TypeError)
 
 
 def as_input(function: str, name: str, value: Any) -> jax.Array:
@@ -85,16 +100,17 @@ def extract(value: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def check_parameter(function: str, name: str, value: Any, axes: tuple[int, ...], x: jax.Array) -> jax.Array | None:
-    """A per-feature vector (scale, bias, mean, var) laid along its axes of ``x``; None stays None."""
+    """A per-feature vector (scale, bias, mean, var), or one for each example, laid along its axes of ``x``."""
     if value is None:
         return None
     value = as_input(function, name, value)
     if jnp.iscomplexobj(value) and not jnp.iscomplexobj(x):
         fail(function, f"{name} must be real where x is", {"dtype": str(value.dtype)}, TypeError)
-    shape = tuple(x.shape[a] for a in axes)
-    if value.shape != shape:
-        rule = f"{name} must have the shape of the feature axes of x, {shape}"
+    features = tuple(x.shape[a] for a in axes)
+    if value.shape != features and not (0 not in axes and value.shape == (x.shape[0], *features)):
+        rule = f"{name} must have the shape of the feature axes of x, {features}, or (batch, *features)"
         fail(function, rule, {"shape": value.shape, "axis": axes, "x_shape": x.shape})
+    axes = axes if value.ndim == len(axes) else (0, *axes)
     dtype = statistics_dtype(x.dtype)
     if not jnp.iscomplexobj(value):
         dtype = jnp.finfo(dtype).dtype
@@ -110,7 +126,11 @@ def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
         fail(function, "mask must be boolean or real weights", {"dtype": str(mask.dtype)}, TypeError)
     aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
     if len(aligned) != x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
-        fail(function, "mask must broadcast against x", {"mask_shape": mask.shape, "x_shape": x.shape})
+        rule = "mask must broadcast against x (one value an example: of shape (batch, 1, ...))"
+        fail(function, rule, {"mask_shape": mask.shape, "x_shape": x.shape})
+    if mask.ndim < x.ndim and mask.shape == x.shape[: mask.ndim] and mask.size > 1:
+        rule = "mask must have as many axes as x where its shape fits both the first and the last of them"
+        fail(function, rule, {"mask_shape": mask.shape, "x_shape": x.shape})
     if mask.dtype != jnp.bool_:
         if not isinstance(mask, Tracer) and not (np.isfinite(mask) & (np.asarray(mask) >= 0)).all():
             fail(function, "mask must hold finite, non-negative weights", {"smallest": float(jnp.min(mask))})
@@ -139,10 +159,12 @@ def check_invertible_scale(function: str, scale: Any) -> None:
 
 
 def check_number(function: str, name: str, value: Any, low: float, high: float) -> None:
-    """Refuse a ``value`` that is not a real number in ``[low, high]``; one known only when compiled passes."""
-    if isinstance(value, Tracer):
-        return
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+    """Refuse what is no real number in ``[low, high]``; of one known only when compiled, what is no real scalar."""
+    if isinstance(value, jax.Array | np.ndarray):
+        if value.ndim != 0 or jnp.iscomplexobj(value):
+            fail(function, f"{name} must be one real number", {"shape": value.shape, "dtype": str(value.dtype)}, TypeError)
+        if isinstance(value, Tracer):
+            return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail(function, f"{name} must be a real number", {name: value}, TypeError)
@@ -150,12 +172,10 @@ def check_number(function: str, name: str, value: Any, low: float, high: float) 
         fail(function, f"{name} must lie in [{low:g}, {high:g}]", {name: value})
 
 
-def check_epsilon(function: str, epsilon: Any) -> float:
-    """``epsilon`` as a finite, non-negative float."""
-    if isinstance(epsilon, Tracer):
-        fail(function, "epsilon must be a number known when compiling", {"epsilon": epsilon}, TypeError)
+def check_epsilon(function: str, epsilon: Any) -> Any:
+    """``epsilon``, which is finite and not negative, or known only when compiled."""
     check_number(function, "epsilon", epsilon, 0.0, float(np.finfo(np.float32).max))
-    return float(epsilon)
+    return epsilon if isinstance(epsilon, Tracer) else float(epsilon)
 
 
 def check_replicas(
@@ -187,28 +207,39 @@ def check_replicas(
     return names, groups
 
 
-def check_batch(
+def warn_of_one_value(
     function: str,
     x: jax.Array,
     axes: tuple[int, ...],
+    channels: int,
     axis_name: tuple[Hashable, ...],
     axis_index_groups: tuple[tuple[int, ...], ...] | None,
 ) -> None:
-    """Refuse a batch with one value per feature. None at all is a batch to which nothing happens."""
-    values = math.prod(x.shape[a] for a in axes)
+    """Warn where every statistic is of one value: its variance is zero, and so is the normalized value, whatever it is.
+
+    None at all is a batch to which nothing happens. A size that is a symbol may be anything.
+    """
     replicas = math.prod(lax.axis_size(name) for name in axis_name)
     if axis_index_groups is not None:
         replicas = min(map(len, axis_index_groups))
-    if values * replicas == 1:
-        fail(function, "x must hold more than one value per feature", {"x_shape": x.shape, "reduced_axes": axes})
+    sizes = [channels, replicas, *(x.shape[a] for a in axes)]
+    if all(isinstance(size, int) and size == 1 for size in sizes):
+        message = "every statistic is of one value, which is normalized to zero whatever it is"
+        warn(function, f"{message}; got x of shape {x.shape}.")
 
 
-def check_example_features(function: str, axis: Axes, x: jax.Array) -> tuple[int, ...]:
-    """Feature axes of a normalization that treats every example by itself: any but the first."""
+def check_input(function: str, x: Any, axis: Axes, *, batched: bool = False) -> tuple[jax.Array, tuple[int, ...]]:
+    """``x`` as an array, and its feature axes; any but the first where every example is treated by itself."""
+    x = as_input(function, "x", x)
     features = canonical_axes(function, "axis", axis, x.ndim)
-    if 0 in features:
+    if batched and 0 in features:
         fail(function, "axis must not be the first axis of x, which is the batch", {"axis": axis, "x_shape": x.shape})
-    return features
+    return x, features
+
+
+def others(features: tuple[int, ...], x: jax.Array, first: int = 0) -> tuple[int, ...]:
+    """The axes of ``x`` from the ``first`` on that are no features."""
+    return tuple(a for a in range(first, x.ndim) if a not in features)
 
 
 def check_groups(function: str, num_groups: Any, channels: int) -> None:

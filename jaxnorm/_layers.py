@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxnorm import _axes, _rule
-from jaxnorm._activations import After
+from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._batch_norm import RunningStats, batch_reduction, update_running
-from jaxnorm._moments import Moments, Reduction
+from jaxnorm._moments import ChannelGroups, Moments
+from jaxnorm.functional import measure_array, normalize_array
+from jaxnorm.running import RunningStats, update_running
 
 
 class Replicas(NamedTuple):
@@ -93,31 +93,13 @@ def normalize(
     scale: jax.Array | None,
     bias: jax.Array | None,
     *,
-    features: tuple[int, ...],
-    axes: tuple[int, ...],
     replicas: Replicas,
-    epsilon: float,
-    mask: Any,
-    dtype: Any,
-    after: After,
     channel_groups: tuple[int, int] | None = None,
-    centered: bool = True,
+    **settings: Any,
 ) -> jax.Array:
     """The output of a layer that normalizes by the statistics of its input over ``axes``."""
-    names, groups = _axes.check_replicas(function, *replicas)
-    reduction = Reduction(axes, channel_groups, names, groups, centered)
-    return _rule.normalize_by_own(
-        function,
-        x,
-        scale,
-        bias,
-        features=features,
-        reduction=reduction,
-        epsilon=epsilon,
-        mask=mask,
-        dtype=dtype,
-        after=after,
-    )[0]
+    adjust = None if channel_groups is None else ChannelGroups(*channel_groups)
+    return normalize_array(function, x, scale, bias, adjust=adjust, **replicas._asdict(), **settings)[0]
 
 
 def batch_norm(
@@ -133,10 +115,8 @@ def batch_norm(
     momentum: float | None,
     unbiased: bool,
     replicas: Replicas,
-    epsilon: float,
     mask: Any,
-    dtype: Any,
-    after: After,
+    **settings: Any,
 ) -> tuple[jax.Array, Moments | None, RunningStats | None]:
     """The output of a batch normalization layer, the moments of the batch if measured, and averages if they change.
 
@@ -150,19 +130,20 @@ def batch_norm(
         _axes.check_number(function, "momentum", momentum, 0.0, 1.0)
     update = not use_running_average if update_running_average is None else update_running_average
     update = update and not initializing
-    if initializing or (use_running_average and not update):  # nothing is shared with anybody
-        reduction = Reduction(tuple(a for a in range(x.ndim) if a not in features))
-    else:
-        reduction = batch_reduction(function, x, features, *replicas)
-
-    ends: dict[str, Any] = {"features": features, "epsilon": epsilon, "dtype": dtype, "after": after}
+    if initializing:
+        replicas = Replicas(None, None)
+    axes = _axes.others(features, x)
+    batch = None
     if use_running_average:
         if not initializing:
             warn_if_never_updated(running)
-        y = _rule.normalize_by_given(function, x, running.mean, running.var, scale, bias, **ends)
-        batch = _rule.moments(x, _axes.check_mask(function, mask, x), reduction) if update else None
+        y, _ = normalize_array(function, x, scale, bias, features=features, given=(running.mean, running.var), **settings)
+        if update:
+            batch = measure_array(function, x, axes, mask, *replicas)
     else:
-        y, batch = _rule.normalize_by_own(function, x, scale, bias, reduction=reduction, mask=mask, **ends)
+        y, batch = normalize_array(
+            function, x, scale, bias, features=features, axes=axes, mask=mask, **replicas._asdict(), **settings
+        )
     if batch is None:
         return y, None, None
     batch = Moments(*(jax.lax.stop_gradient(_axes.extract(m, features)) for m in batch))

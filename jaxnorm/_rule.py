@@ -1,398 +1,248 @@
-"""The differentiation rule, and the one affine map that every normalization is.
+"""The rule: statistics and their tangent, the affine map, and how the two are put together.
 
-The statistics have a rule of their own, and it is a ``custom_jvp``, because that composes with every
-transformation: forward mode, second derivatives, ``shard_map``, ``vmap``, ``pmap``. With weights w, n their sum and
-xc = x - mean, their tangents are (Ioffe and Szegedy, "Batch Normalization", 2015, section 3, read forwards)
+With weights w, n their sum and xc = x - mean, the statistics of an array have the tangents (Ioffe and Szegedy, "Batch
+Normalization", 2015, section 3, read forwards)
 
     t_mean = sum(w * t) / n        t_var = 2 * sum(w * t * xc) / n
 
-whichever way the statistics themselves were computed. The rest, y = (x - mean) * rstd * scale + bias, has the
-derivative that jax would find; the transpose of the two together is the textbook backward pass, with two sums over the
-data and one collective.
+whichever way they were computed. That is a ``custom_jvp``, because it composes with every transformation: forward mode,
+second derivatives, ``shard_map``, ``vmap``, ``pmap``. All else is plain jax: merging over replicas, what ``adjust``
+makes of the statistics, and the map y = (x - mean) / sqrt(var + epsilon) * scale + bias. The transpose of it all is the
+textbook backward pass, with two sums over the data and one collective.
 
-The invertible mode is the same tangent, read from the output instead of the input; `_normalized_tangent` says how.
+What the derivative needs of the data it reads again from what is stored: the input, or in the invertible mode the
+output (Rota Bulo et al., "In-Place Activated BatchNorm", 2018). That is all in which this mode differs.
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
-from jax.dtypes import float0
 
-from jaxnorm import _axes
-from jaxnorm._activations import NOTHING, After, check_activation, inverse_of
-from jaxnorm._moments import (
-    Moments,
-    Reduction,
-    Statistics,
-    abs_sq,
-    divisor,
-    measure_locally,
-    measured,
-    merge,
-    merge_replicas,
-    total_over_channels,
-    total_over_replicas,
-    vary,
-    weigh,
-)
-from jaxnorm._xla import fence, spread_alone, sum_over
+from jaxnorm._axes import statistics_dtype
+from jaxnorm._epilogue import STATELESS, Function, applied, hoist, identity
+from jaxnorm._moments import ChannelGroups, Moments, Statistics, abs_sq, apply_weights, divisor, measure, measured
+from jaxnorm._replicas import Replicas, merge_replicas, vary
+from jaxnorm._xla import is_zero, optimization_barrier, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
-"""Names in a ``jax.checkpoint`` policy: of the statistics, and of an output from which the input can be recovered."""
-
-_save_only_named = partial(
-    jax.checkpoint,  # pyright: ignore[reportPrivateImportUsage]
-    policy=jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT),
-    prevent_cse=False,
-)
+save_statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 
 
-class Ends(NamedTuple):
-    """What happens between the statistics and the output. Hashable, so that it can be static under ``jit``.
+class How(NamedTuple):
+    """What does not depend on the data. Hashable, so that it can be static under ``jit``.
 
     Attributes:
-      epsilon: added to the variance.
-      dtype: of the output.
-      activation: applied last, to what has the dtype of the output.
+      axes: what is reduced, in ascending order.
+      centered: False where the mean is fixed at zero (RMS normalization).
+      replicas: who shares the statistics.
+      adjust: what becomes of them before they are used, or None.
+      activation: applied last.
       inverse: of the activation, where the input is to be recovered from the output for the backward pass; or None.
+      dtype: of the output; None for that of the input.
     """
 
-    epsilon: float
-    dtype: Any
-    activation: Callable[[jax.Array], jax.Array]
-    inverse: Callable[[jax.Array], jax.Array] | None
+    axes: tuple[int, ...] = ()
+    centered: bool = True
+    replicas: Replicas = Replicas()
+    adjust: Callable[..., Statistics] | None = None
+    activation: Function = identity
+    inverse: Function | None = None
+    dtype: Any = None
 
 
-def _named(statistics: Statistics) -> Statistics:
-    def name(s):
-        if jnp.iscomplexobj(s):  # jax 0.10 to 0.12 cannot save a complex number by name
-            return lax.complex(name(s.real), name(s.imag))
-        return checkpoint_name(s, STATISTICS)
-
-    return Statistics(*map(name, statistics))
+def _named(name: str, value: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(value):  # jax 0.10 to 0.12 cannot save a complex number by name
+        return lax.complex(_named(name, value.real), _named(name, value.imag))
+    return checkpoint_name(value, name)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def measure(
-    x: jax.Array, stored: jax.Array, weights: jax.Array | None, reduction: Reduction, once: bool = False
-) -> Statistics:
-    """The statistics of ``x``. Of the two parts of the mean, only ``offset`` is differentiated.
-
-    They are read from ``stored``, which is ``x`` in its own dtype and without derivative; in as few passes as can be
-    where ``once``, as they are when somebody differentiates.
-    """
-    statistics = measure_locally(stored, weights, reduction, once)
-    if reduction.channel_groups:
-        statistics = merge(statistics, total_over_channels(reduction))
-    if reduction.axis_name:
-        statistics = merge_replicas(statistics, reduction)
-    return _named(statistics)
+_saved = partial(jax.tree.map, partial(_named, STATISTICS))
 
 
-@partial(measure.defjvp, symbolic_zeros=True)
-def _measure_tangent(reduction, _, primals, tangents):
-    x, stored, weights = primals
-    t, _, t_weights = tangents
-    statistics = _named(measure(x, stored, weights, reduction, True))
-    centered = (x - statistics.center) - statistics.offset if reduction.centered else x
-    return statistics, _tangent(statistics, centered, t, weights, t_weights, reduction)
+def _read(x: jax.Array, weights: jax.Array | None, residual: jax.Array | None) -> tuple[Any, Any]:
+    """The data in the dtype of the arithmetic; what is masked out may hold anything, so NaN and inf there become zero."""
+    x = x.astype(statistics_dtype(x.dtype))
+    x = x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
+    return x, None if residual is None else residual.astype(x.dtype)
 
 
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero) or tangent is None or tangent.dtype == float0
+def _from_mean(x: jax.Array, statistics: Statistics, origin: Statistics | None) -> jax.Array:
+    """``x - mean``, where ``x`` is itself the distance from the mean of ``origin``, if there is one."""
+    _, center, offset, _ = statistics if origin is None else _relative(statistics, origin)
+    return (x - center) - offset
 
 
-def _tangent(
-    statistics: Statistics, centered: jax.Array, t: Any, weights: jax.Array | None, t_weights: Any, reduction: Reduction
-) -> Statistics:
-    """The tangent of ``statistics``; ``t`` is that of the values, which lie ``centered`` about their mean."""
-    count, _, offset, var = statistics
-    first = second = jnp.zeros_like(centered)
-    if not _is_zero(t):
-        first, second = weigh(t, weights), 2 * weigh((centered.conj() * t).real, weights)
-    values = (first, second)
-    if weights is not None and not _is_zero(t_weights):
-        t_weights = jnp.broadcast_to(t_weights, centered.shape)
-        values = (first + t_weights * centered, second.real + t_weights * (abs_sq(centered) - var), t_weights)
-
-    sums = _total(values, reduction)
-    t_mean, t_var = (s / divisor(count) for s in sums[:2])
-    t_count = sums[2] if len(sums) > 2 else jnp.zeros_like(count)
-    if not reduction.centered:
-        t_mean = jnp.zeros_like(offset)
-    return Statistics(t_count, jnp.zeros_like(statistics.center), t_mean, t_var)
+def _relative(statistics: Statistics, origin: Statistics) -> Statistics:
+    center, offset = statistics.center - origin.center, statistics.offset - origin.offset
+    return statistics._replace(center=lax.stop_gradient(center), offset=offset)
 
 
-def _total(values: tuple[jax.Array, ...], reduction: Reduction) -> tuple[jax.Array, ...]:
-    """Sums over everything that shares its statistics."""
-    values = tuple(sum_over(v, reduction.axes) for v in values)
-    if reduction.channel_groups:
-        values = total_over_channels(reduction)(*values)
-    if reduction.axis_name:
-        values = total_over_replicas(reduction)(*values)
-    return values
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _statistics(how: How, read: Function, differentiated: bool, data, stored, weights, origin, known) -> Statistics:
+    """Of the data, which ``read(*stored)`` gives: ``known``, or measured. Of the mean, ``offset`` is differentiated."""
+    if known is not None:
+        return known
+    return measure(stored[0], weights, how.axes, how.centered, differentiated)
 
 
-def _constant_center(statistics: Statistics) -> Statistics:
-    """Drop the tangent of ``center``, which is zero: whatever uses it need not carry zeros along."""
-    return statistics._replace(center=lax.stop_gradient(statistics.center))
+@partial(_statistics.defjvp, symbolic_zeros=True)
+def _statistics_tangent(how, read, _, primals, tangents):
+    (t, _), _, t_weights, *_ = tangents
+    statistics = _saved(_statistics(how, read, True, *primals))
+
+    def tangent(t, t_weights, stored, weights, origin, statistics):
+        x, n = read(*stored)[0], divisor(statistics.count)
+        xc = _from_mean(x, statistics, origin) if how.centered else x
+        first = second = third = jnp.zeros_like(x)
+        if not is_zero(t):
+            first, second = apply_weights(t, weights), 2 * apply_weights((xc.conj() * t).real, weights)
+        if not is_zero(t_weights):
+            third = jnp.broadcast_to(t_weights, x.shape)
+            first, second = first + third * xc, second + third * (abs_sq(xc) - statistics.var)
+        t_mean, t_var, t_count = (sum_over(v, how.axes) for v in (first, second, third.real))
+        t_mean = t_mean / n if how.centered else jnp.zeros_like(t_mean)
+        return Statistics(t_count, jnp.zeros_like(t_mean), t_mean, t_var / n)
+
+    t, t_weights = (None if is_zero(v) else v for v in (t, t_weights))
+    return statistics, recomputed(tangent)(t, t_weights, *primals[1:4], statistics)
+
+
+def _affine(x, residual, center, offset, multiplier, scale, constant, *closed_over, activation: Function) -> jax.Array:
+    """``activation((x - center - offset) * multiplier * scale + constant + residual)``, in which much may be missing."""
+    z = x if center is None else x - center
+    z = z if offset is None else z - offset
+    z = z * multiplier if scale is None else z * multiplier * scale
+    z = z if constant is None else z + constant
+    z = z if residual is None else z + residual
+    return applied(activation, z, *closed_over)
+
+
+def _map(how: How, read: Function, data, stored, statistics, scale, bias, epsilon, closed_over) -> jax.Array:
+    """``(x - mean) / sqrt(var + epsilon) * scale + bias``, then the epilogue; of what has no values, ``bias``."""
+    count, center, offset, var = statistics
+    rstd = jnp.where(count > 0, 1 / jnp.sqrt(var + epsilon), 0)
+    if scale is None:
+        scale = jnp.ones_like(rstd)
+    if not how.centered:
+        center = offset = None
+    elif bias is None:
+        bias = jnp.zeros_like(scale)
+    like = jax.tree.leaves(data)
+    present, structure = jax.tree.flatten((offset, rstd, scale, bias, closed_over))
+    if jnp.broadcast_shapes(rstd.shape, scale.shape) == like[0].shape:  # the product is no smaller than the data
+        offset, rstd, scale, bias, closed_over = structure.unflatten(vary(tuple(present), *like))
+        small = (center, offset, rstd, scale, bias, *closed_over)
+    else:
+        offset, rstd, scale, bias, closed_over = structure.unflatten(vary(tuple(present)))
+        multiplier = rstd * scale
+        constant = bias if offset is None else bias - offset * multiplier
+        present, structure = jax.tree.flatten((multiplier, constant, closed_over))
+        multiplier, constant, closed_over = structure.unflatten(vary(tuple(present), *like))
+        small = (center, None, multiplier, None, constant, *closed_over)
+    return spread(read, partial(_affine, activation=how.activation), how.dtype, data, stored, small)
+
+
+def _measure(how: How, read: Function, data, stored, weights, origin, known) -> tuple[Statistics, Statistics]:
+    """The statistics of this array, and of all replicas together."""
+    local = _statistics(how, read, False, data, stored, weights, origin, known)
+    local = local._replace(center=lax.stop_gradient(local.center))
+    return local, merge_replicas(local, how.replicas, _saved)
+
+
+class Arguments(NamedTuple):
+    """What is differentiated, all in the rank of ``x``; `standardize` says what it is."""
+
+    x: jax.Array
+    weights: jax.Array | None
+    residual: jax.Array | None
+    given: Statistics | None
+    scale: jax.Array | None
+    bias: jax.Array | None
+    epsilon: jax.Array
+    of_adjust: tuple[jax.Array, ...] = ()
+    of_activation: tuple[jax.Array, ...] = ()
+    of_inverse: tuple[jax.Array, ...] = ()
+
+
+def _standardize(how: How, a: Arguments, read: Function = _read, stored: Any = None, origin: Any = None, known: Any = None):
+    """The output; the statistics measured and used; and, for who inverts it, those of this array."""
+    data = _read(a.x, a.weights, a.residual)
+    stored = (a.x, a.weights, a.residual) if stored is None else stored
+    local = statistics = used = a.given
+    if used is None:
+        local, statistics = _measure(how, read, data, stored, a.weights, origin, known)
+        used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
+    relative = used if origin is None else _relative(used, origin)
+    y = _map(how, read, data, stored, relative, a.scale, a.bias, a.epsilon, a.of_activation)
+    return y, statistics, used, local
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _transform(dtype, values, x, weights, center, offset, rstd, scale, bias, residual):
-    """``(values - center - offset) * rstd * scale + bias + residual``, in ``dtype``.
-
-    All but ``values`` and ``rstd`` may be missing. ``values`` are what `_prepare` makes of ``x``; ``center`` is a
-    constant. The derivative is the usual one, written out so that each sum of its transpose can read ``x`` and the
-    cotangent `alone`.
-    """
-    z = values if center is None else values - center
-    z = z if offset is None else z - offset
-    z = z * rstd if scale is None else z * rstd * scale
-    z = z if bias is None else z + bias
-    z = z if residual is None else z + residual.astype(z.dtype)
-    return z.astype(dtype)
+def _invertible(how: How, a: Arguments):
+    """`_standardize`, of which the derivative reads the output."""
+    return _standardize(how, a)
 
 
-@partial(_transform.defjvp, symbolic_zeros=True)
-def _transform_tangent(dtype, primals, tangents):
-    values, x, weights, center, offset, rstd, scale, *_ = primals
-    t, _, _, _, t_offset, t_rstd, t_scale, t_bias, t_residual = tangents
-    spread, zeros = partial(spread_alone, dtype=dtype), partial(jnp.zeros_like, values)
+@_invertible.defjvp
+def _invertible_tangent(how, primals, tangents):
+    y, *rest = _invertible(how, *primals)
+    y, (statistics, used, local) = _named(OUTPUT, y), map(_saved, rest)
 
-    def factor(t, rest, x, weights, center, offset):
-        return _transform(values.dtype, _prepare(x, weights), x, weights, center, offset, t, rest, None, None)
+    def recovered(y, a, used):
+        z = how.inverse(y.astype(used.offset.dtype), *a.of_inverse)
+        residual = None if a.residual is None else a.residual.astype(z.dtype)
+        z = z if residual is None else z - residual
+        z = z if a.bias is None else z - a.bias
+        z = z if a.scale is None else z / a.scale
+        return z * jnp.sqrt(used.var + a.epsilon), residual
 
-    def summand(t, rest):
-        return zeros() + (t if rest is None else t * rest)
-
-    t_shift: Any = None
-    if offset is not None and not (_is_zero(t_offset) and _is_zero(t_rstd)):
-        t_shift = -(_dense(t_offset, offset) * rstd + offset * _dense(t_rstd, rstd))
-    parts = (
-        (t, lambda: t * rstd if scale is None else t * rstd * scale),
-        (t_rstd, lambda: spread(factor)(t_rstd, scale, x, weights, center, None)),
-        (t_shift, lambda: spread(summand)(t_shift, scale)),
-        (t_scale, lambda: spread(factor)(t_scale, rstd, x, weights, center, offset)),
-        (t_bias, lambda: spread(summand)(t_bias, None)),
-        (t_residual, lambda: t_residual.astype(values.dtype)),
-    )
-    t_z = reduce(jnp.add, (part() for tangent, part in parts if not _is_zero(tangent)), zeros())
-    return _transform(dtype, *primals), t_z.astype(dtype)
+    stored = (optimization_barrier(y), primals[0]._replace(x=None), used)
+    _, t = jax.jvp(lambda a: _standardize(how, a, recovered, stored, used, local), primals, tangents)
+    return (y, statistics, used, local), (optimization_barrier(t[0]), *t[1:])
 
 
-def _dense(tangent: Any, primal: jax.Array) -> jax.Array:
-    return jnp.zeros_like(primal) if _is_zero(tangent) else tangent
-
-
-def _affine(
-    values: jax.Array,
-    x: jax.Array,
-    weights: jax.Array | None,
-    statistics: Statistics,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    *,
-    dtype: Any,
-    centered: bool,
-    epsilon: float,
-) -> jax.Array:
-    """``(x - mean) * rsqrt(var + epsilon) * scale + bias + residual``, in the fewest steps over the data."""
-    _, center, offset, var = statistics
-    rstd, transform = lax.rsqrt(var + epsilon), partial(_transform, dtype, values, x, weights)
-    scale = jnp.ones_like(var) if scale is None else scale
-    if not centered and bias is None:
-        return transform(None, None, rstd, *vary((scale,), x), None, residual)
-    bias = jnp.zeros_like(scale) if bias is None else bias
-
-    rstd, offset = vary((rstd, offset), scale, bias)
-    scale, bias = vary((scale, bias), rstd)
-    if jnp.broadcast_shapes(scale.shape, rstd.shape) == rstd.shape:  # both are small: one multiplication and one sum
-        multiplier = rstd * scale
-        multiplier, constant = vary((multiplier, bias - offset * multiplier), x)
-        return transform(center, None, multiplier, None, constant, residual)
-    scale, bias = vary((scale, bias), x)
-    return transform(center, offset, rstd, scale, bias, residual)
-
-
-def _unaffine(
-    z: jax.Array,
-    statistics: Statistics,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    epsilon: float,
-) -> jax.Array:
-    """``x - mean``, from what `_affine` made of it."""
-    z = z if residual is None else z - residual.astype(z.dtype)
-    z = z if bias is None else z - bias
-    z = z if scale is None else z / scale
-    return z * jnp.sqrt(statistics.var + epsilon)
-
-
-def _prepare(x: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """``x`` in the dtype of the arithmetic; what is masked out may hold anything, so NaN and inf there become zero."""
-    x = x.astype(_axes.statistics_dtype(x.dtype))
-    return x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
-
-
-def _normalized(x, weights, given, scale, bias, residual, reduction: Reduction | None, ends: Ends, once: bool = False):
-    """The output, and the statistics: those ``given``, or where there is a ``reduction``, those of ``x``."""
-    values, statistics = _prepare(x, weights), given
-    if reduction is not None:
-        statistics = measure(values, lax.stop_gradient(x), weights, reduction, once)
-        statistics = _named(statistics) if once else statistics
-    statistics = _constant_center(statistics)
-    centered = reduction is None or reduction.centered
-    z = _affine(
-        values, x, weights, statistics, scale, bias, residual, dtype=ends.dtype, centered=centered, epsilon=ends.epsilon
-    )
-    y = ends.activation(z)
-    if (y.shape, y.dtype) != (z.shape, ends.dtype):
-        expected = f"{z.shape} and {ends.dtype}"
-        raise ValueError(f"activation must keep shape and dtype, {expected}; got {y.shape} and {y.dtype}.")
-    return y, statistics
-
-
-_invertibly_normalized = jax.custom_jvp(_normalized, nondiff_argnums=(6, 7, 8))
-
-
-@_invertibly_normalized.defjvp
-def _normalized_tangent(reduction, ends, _, primals, tangents):
-    """That of `_normalized`, from its output alone (Rota Bulo et al., "In-Place Activated BatchNorm", 2018).
-
-    What is recovered is the input less its mean, on which nothing depends.
-    """
-    x, weights, given, scale, bias, residual = primals
-    t, t_weights, t_statistics, *t_parameters = tangents
-    y, statistics = _normalized(x, weights, given, scale, bias, residual, reduction, ends, True)
-    y = checkpoint_name(y, OUTPUT)
-    z = ends.inverse(fence(y).astype(statistics.offset.dtype))
-    centered = _unaffine(z, statistics, scale, bias, residual, ends.epsilon)
-    t = t.astype(centered.dtype)
-    if reduction is not None:
-        t_statistics = _tangent(statistics, centered, t, weights, t_weights, reduction)
-
-    at_zero = statistics._replace(center=jnp.zeros_like(centered, shape=()), offset=jnp.zeros_like(statistics.offset))
-    t_at_zero = t_statistics._replace(center=jnp.zeros_like(at_zero.center))
-
-    def affine(values, *rest):
-        return _affine(
-            values,
-            values,
-            None,
-            *rest,
-            dtype=values.dtype,
-            centered=reduction is None or reduction.centered,
-            epsilon=ends.epsilon,
-        )
-
-    _, t_z = jax.jvp(affine, (centered, at_zero, scale, bias, residual), (t, t_at_zero, *t_parameters))
-    _, t_y = jax.jvp(lambda z: ends.activation(z).astype(ends.dtype), (z,), (t_z,))
-    return (y, statistics), (fence(t_y), t_statistics)
+def _run(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
+    y, statistics, *_ = (_standardize if how.inverse is None else _invertible)(how, a)
+    return y, _moments(statistics)
 
 
 def _moments(statistics: Statistics) -> Moments:
     return Moments(statistics.center + statistics.offset, statistics.var, statistics.count)
 
 
-@partial(jax.jit, static_argnames="reduction", inline=True)
-def moments(x: jax.Array, weights: jax.Array | None, reduction: Reduction) -> Moments:
-    """The moments of ``x`` over ``reduction``, reduced axes kept with size one."""
-
-    @_save_only_named
-    def run(x, weights):
-        values = _prepare(x, weights)
-        return _moments(_constant_center(measure(values, lax.stop_gradient(x), weights, reduction)))
-
-    return run(x, weights)
+_compiled = jax.jit(_run, static_argnums=0, inline=True)
 
 
-@partial(jax.jit, static_argnames=("reduction", "ends"), inline=True)
-def standardize(
-    x: jax.Array,
-    weights: jax.Array | None,
-    given: Statistics | None,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    *,
-    reduction: Reduction | None,
-    ends: Ends,
-) -> tuple[jax.Array, Moments]:
-    """Normalize ``x`` by statistics ``given`` or by its own over ``reduction``. All arguments have the rank of ``x``.
+def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
+    """Normalize ``x`` by statistics ``given`` or by its own. What is reduced stays with size one in the moments.
 
-    For the backward pass ``x`` is kept, in its own dtype, with the statistics; the rest is recomputed. Where there is
-    an inverse, the output is kept in its place.
+    For the backward pass ``x`` is kept, in its own dtype, with statistics; the rest is recomputed. Where there is an
+    inverse, the output is kept in its place.
     """
-    normalized = _normalized if ends.inverse is None else _invertibly_normalized
-
-    @_save_only_named
-    def run(x, weights, given, scale, bias, residual):
-        y, statistics = normalized(x, weights, given, scale, bias, residual, reduction, ends, False)
-        return y, _moments(statistics)
-
-    return run(x, weights, given, scale, bias, residual)
-
-
-def normalize_by_own(
-    function: str,
-    x: jax.Array,
-    scale: Any,
-    bias: Any,
-    *,
-    features: tuple[int, ...],
-    reduction: Reduction,
-    epsilon: Any,
-    mask: Any = None,
-    dtype: Any = None,
-    after: After = NOTHING,
-) -> tuple[jax.Array, Moments]:
-    """Check the arguments of ``function``; `standardize` by them. The moments keep the rank of ``x``."""
-    weights = _axes.check_mask(function, mask, x)
-    parameters = _parameters(function, x, features, scale=scale, bias=bias)
-    residual = _axes.check_residual(function, after.residual, x)
-    ends = _ends(function, x, scale, epsilon, dtype, after)
-    return standardize(x, weights, None, *parameters, residual, reduction=reduction, ends=ends)
+    own, stateless = isinstance(how.adjust, ChannelGroups | None), any(how.activation is f for f in STATELESS)
+    if own and stateless:
+        return _compiled(how, a)
+    data = _read(a.x, a.weights, a.residual)
+    if not stateless:
+        activation, of_activation = hoist(how.activation, data[0])
+        how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
+    if how.inverse is not None and not stateless:
+        inverse, of_inverse = hoist(how.inverse, data[0])
+        how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
+    if how.inverse is not None and not own:
+        _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, None, None)
+        adjust, of_adjust = hoist(how.adjust, statistics)
+        how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)
+    return _run(how, a)
 
 
-def normalize_by_given(
-    function: str,
-    x: jax.Array,
-    mean: Any,
-    var: Any,
-    scale: Any,
-    bias: Any,
-    *,
-    features: tuple[int, ...],
-    epsilon: Any,
-    dtype: Any = None,
-    after: After = NOTHING,
-) -> jax.Array:
-    """Check the arguments of ``function``; `standardize` by them."""
-    mean, var, *parameters = _parameters(function, x, features, mean=mean, var=var, scale=scale, bias=bias)
-    residual = _axes.check_residual(function, after.residual, x)
-    ends = _ends(function, x, scale, epsilon, dtype, after)
-    center = lax.stop_gradient(mean)
-    given = Statistics(jnp.ones_like(var), center, mean - center, var)
-    return standardize(x, None, given, *parameters, residual, reduction=None, ends=ends)[0]
-
-
-def _parameters(function: str, x: jax.Array, features: tuple[int, ...], **named: Any) -> list[Any]:
-    return [_axes.check_parameter(function, name, value, features, x) for name, value in named.items()]
-
-
-def _ends(function: str, x: jax.Array, scale: Any, epsilon: Any, dtype: Any, after: After) -> Ends:
-    epsilon, dtype = _axes.check_epsilon(function, epsilon), x.dtype if dtype is None else dtype
-    activation, inverse = check_activation(function, after.activation), None
-    if after.invertible:
-        _axes.check_invertible_scale(function, scale)
-        inverse = inverse_of(function, after.activation)
-    return Ends(epsilon, dtype, activation, inverse)
+@partial(jax.jit, static_argnums=0, inline=True)
+def moments(how: How, x: jax.Array, weights: jax.Array | None) -> Moments:
+    """The moments of ``x``, reduced axes kept with size one."""
+    stored = (x, weights, None)
+    return _moments(_measure(how, _read, _read(*stored), stored, weights, None, None)[1])

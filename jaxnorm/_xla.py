@@ -1,19 +1,43 @@
 """What has to be said to XLA so that it computes what is meant, in as few passes as it can.
 
-None of these changes a value, but for rounding.
+Nothing here changes a value, but for rounding; a reader of the mathematics may skip it. The rest of the package uses
+`spread` for what turns a few numbers a feature into a map of the data, `total` for sums over the data, and `by_platform`
+for what is worth doing on some chips only.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+Function = Callable[..., Any]
+
+recomputed = partial(jax.checkpoint, prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
+"""A function of which only the arguments are kept for the backward pass."""
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether nothing is differentiated here."""
+    return tangent is None or isinstance(tangent, SymbolicZero) or tangent.dtype == float0
+
+
+def by_platform(*args: Any, differentiated: bool, default: Function, **platforms: Function) -> Any:
+    """What ``platforms`` have for the platform that the program is compiled for, of ``args``.
+
+    Of what nobody differentiates, for the platform at hand: converters of jaxprs do not know of platforms.
+    """
+    if differentiated:
+        return lax.platform_dependent(*args, default=default, **platforms)
+    return platforms.get(jax.default_backend(), default)(*args)
 
 
 def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -44,7 +68,7 @@ def settle(center: jax.Array) -> jax.Array:
     return jnp.minimum(center, float(jnp.finfo(center.dtype).max))
 
 
-def fence(value: jax.Array) -> jax.Array:
+def optimization_barrier(value: Any) -> Any:
     """``value``, of which XLA cannot, on a GPU, compute and store in the forward pass what the backward pass needs."""
     return lax.platform_dependent(value, cuda=lax.optimization_barrier, default=lambda v: v)
 
@@ -57,67 +81,97 @@ def one_cpu() -> bool:
         return False
 
 
-def alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, compiled by itself where the CPU is one device, and so its transpose.
-
-    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but
-    the data in float32, becomes an array, and writing one takes longer than all the sums there are. Compiled by
-    themselves, they have nothing in common. Where the data may be split over several devices they stay together, so
-    that one collective can serve them.
-    """
-    return _on_one_cpu(_apart(function), function)
+# On one CPU --------------------------------------------------------------------------------------------------------
+#
+# XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but the
+# data in float32, becomes an array, and writing one takes longer than all the sums there are. Outlined, that is,
+# compiled by themselves, they have nothing in common. Where the data may be split over several devices they stay
+# together, so that one collective can serve them.
 
 
-def sum_alone(function: Callable[..., jax.Array], axes: tuple[int, ...], in_turn: bool) -> Callable[..., jax.Array]:
-    """The sum over ``axes`` of what ``function`` makes of the data, `alone`.
-
-    A sum that keeps the examples apart is twice as fast ``in_turn``, over the last axis first, for some more bytes.
-    """
-
-    def total(axes, *args):
-        return sum_over(function(*args), axes)
-
-    def on_cpu(*args):
-        if 0 in axes or not in_turn:
-            return _apart(partial(total, axes))(*args)
-        return sum_over(_apart(partial(total, axes[-1:]))(*args), axes)
-
-    return _on_one_cpu(on_cpu, partial(total, axes))
-
-
-def spread_alone(function: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
-    """``function``, which spreads its first argument over the data, so that its transpose is a `sum_alone`, in turn.
-
-    A cotangent has the dtype of the result, and would be an array in float32 again. A result that becomes part of an
-    output in bfloat16, as ``dtype`` says, is handed over in `halves` instead, so that its cotangent stays as it is.
-    """
-
-    def on_cpu(small, *args):
-        shape = jax.eval_shape(function, small, *args).shape
-        axes = [a for a, size in enumerate(shape) if small.shape[a] == 1 < size]
-        if 0 not in axes:
-            small = jnp.broadcast_to(small, [1 if a in axes[-1:] else size for a, size in enumerate(shape)])
-        if dtype != jnp.bfloat16:
-            return _apart(function)(small, *args)
-        return joined(_apart(lambda *args: halves(function(*args)))(small, *args))
-
-    return _on_one_cpu(on_cpu, function)
-
-
-def _on_one_cpu(function: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` where the CPU is one device, ``default`` elsewhere."""
-    return lambda *args: lax.platform_dependent(*args, cpu=function if one_cpu() else default, default=default)
-
-
-def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, as a call that XLA does not inline."""
-    call = jax.jit(jax.checkpoint(function, prevent_cse=False))  # pyright: ignore[reportPrivateImportUsage]
+def outlined(function: Function) -> Function:
+    """``function``, as a call that XLA does not inline, and so its transpose."""
+    call = jax.jit(recomputed(function))
 
     def marked(*args):
         with set_xla_metadata(inlineable="false"):
             return call(*args)
 
     return marked
+
+
+def total(function: Function, axes: tuple[int, ...], *data: Any, differentiated: bool) -> jax.Array:
+    """The sum over ``axes`` of what ``function`` makes of the data.
+
+    A sum that keeps the examples apart is twice as fast over the last axis first, for some more bytes.
+    """
+
+    def added(axes, *data):
+        return sum_over(function(*data), axes)
+
+    def on_cpu(*data):
+        if 0 in axes or not differentiated:
+            return outlined(partial(added, axes))(*data)
+        return sum_over(outlined(partial(added, axes[-1:]))(*data), axes)
+
+    default = partial(added, axes)
+    if not one_cpu():
+        return default(*data)
+    return by_platform(*data, differentiated=differentiated, default=default, cpu=on_cpu)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def spread(read: Function, function: Function, dtype: Any, data: Any, stored: Any, small: tuple[Any, ...]) -> jax.Array:
+    """``function(*data, *small)`` in ``dtype``, where ``data`` is what ``read(*stored)`` gives: arrays of one shape.
+
+    The derivative is that of ``function``. But the data is read again for it, so that nothing is kept but what is
+    stored, whose own derivative is that of the data; and each of the arguments ``small``, which are spread over the
+    data, has a part to itself, so that the sums which are the transposes of these parts read what they need by
+    themselves.
+    """
+    return function(*read(*stored), *small).astype(dtype)
+
+
+@partial(spread.defjvp, symbolic_zeros=True)
+def _spread_tangent(read, function, dtype, primals, tangents):
+    data, stored, small = primals
+    t_data, _, t_small = tangents
+
+    def along_data(t, stored, small):
+        return jax.jvp(lambda *data: function(*data, *small), read(*stored), t)[1]
+
+    def along(n, t, stored, small):
+        return jax.jvp(lambda s: function(*read(*stored), *small[:n], s, *small[n + 1 :]), (small[n],), (t,))[1]
+
+    parts = []
+    if not all(map(is_zero, t_data)):
+        dense = tuple(d if d is None else jnp.zeros_like(d) if is_zero(t) else t for t, d in zip(t_data, data, strict=True))
+        parts.append(recomputed(along_data)(dense, stored, small))
+    parts += [_part(partial(along, n), dtype, t, stored, small) for n, t in enumerate(t_small) if not is_zero(t)]
+    return spread(read, function, dtype, *primals), reduce(jnp.add, parts).astype(dtype)
+
+
+def _part(function: Function, dtype: Any, t: jax.Array, *rest: Any) -> jax.Array:
+    """What ``function`` makes of the tangent ``t`` of one small argument, so that its transpose is a `total`.
+
+    A cotangent has the dtype of the result, and would be an array in float32 again. A result that becomes part of an
+    output in bfloat16, as ``dtype`` says, is handed over in `halves` instead, so that its cotangent stays as it is.
+    """
+
+    def on_cpu(t, *rest):
+        shape = jax.eval_shape(function, t, *rest).shape
+        if t.ndim == len(shape):
+            axes = [a for a, size in enumerate(shape) if t.shape[a] != size]
+            if 0 not in axes:
+                t = jnp.broadcast_to(t, [1 if a in axes[-1:] else size for a, size in enumerate(shape)])
+        if dtype != jnp.bfloat16:
+            return outlined(function)(t, *rest)
+        return joined(outlined(lambda *args: halves(function(*args)))(t, *rest))
+
+    default = recomputed(function)
+    if not one_cpu():
+        return default(t, *rest)
+    return lax.platform_dependent(t, *rest, cpu=on_cpu, default=default)
 
 
 def halves(whole: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -25,8 +25,8 @@ from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
 
 from jaxnorm import _layers
-from jaxnorm._activations import Activation, After
 from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._epilogue import Activation
 
 Groups = Sequence[Sequence[int]]
 Initializer = nn.initializers.Initializer
@@ -72,7 +72,9 @@ class _Layer(nn.Module):
             epsilon=layer.epsilon,
             mask=mask,
             dtype=canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
-            after=After(layer.activation, residual, layer.invertible),
+            activation=layer.activation,
+            residual=residual,
+            invertible=layer.invertible,
             **reduction,
         )
 
@@ -194,7 +196,9 @@ class BatchNorm(_Layer):
             epsilon=self.epsilon,
             mask=mask,
             dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
-            after=After(self.activation, residual, self.invertible),
+            activation=self.activation,
+            residual=residual,
+            invertible=self.invertible,
         )
         for average, new in zip(averages, running or (), strict=False):
             average.value = new

@@ -28,8 +28,8 @@ from flax.nnx.nn import dtypes
 from flax.nnx.nn.initializers import ones_init, zeros_init
 
 from jaxnorm import _layers
-from jaxnorm._activations import Activation, After
 from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._epilogue import Activation
 
 Groups = Sequence[Sequence[int]]
 Metadata = Mapping[str, Any]
@@ -103,7 +103,9 @@ class _Layer(nnx.Module):
             epsilon=self.epsilon,
             mask=mask,
             dtype=dtype,
-            after=After(self.activation, residual, self.invertible),
+            activation=self.activation,
+            residual=residual,
+            invertible=self.invertible,
             **reduction,
         )
 
@@ -264,7 +266,9 @@ class BatchNorm(_Layer):
             epsilon=self.epsilon,
             mask=mask,
             dtype=dtype,
-            after=After(self.activation, residual, self.invertible),
+            activation=self.activation,
+            residual=residual,
+            invertible=self.invertible,
         )
         for average, new in zip(averages, running or (), strict=False):
             average[...] = new.reshape(self._shape)

@@ -23,7 +23,7 @@ NORMS = {
     "rms": lambda x, scale, bias, **kw: jaxnorm.rms_norm(x, scale, **kw),
     "group": partial(jaxnorm.group_norm, num_groups=2),
     "instance": jaxnorm.instance_norm,
-    "given": lambda x, scale, bias, **kw: jaxnorm.normalize(x, 30 + scale, 1 + bias**2, scale, bias, **kw),
+    "given": lambda x, scale, bias, **kw: jaxnorm.normalize(x, (30 + scale, 1 + bias**2), scale, bias, **kw),
 }
 NUMPY = {
     None: lambda z: z,

@@ -139,7 +139,7 @@ def test_given_statistics(rng):
     x, cotangent = (rng.standard_normal((7, 5, 3)).astype(np.float32) for _ in range(2))
     mean, scale, bias = (rng.standard_normal(3).astype(np.float32) for _ in range(3))
     var = rng.random(3).astype(np.float32) + 0.5
-    y, pullback = jax.vjp(lambda *a: jaxnorm.normalize(*a, epsilon=0.1), x, mean, var, scale, bias)
+    y, pullback = jax.vjp(lambda x, m, v, *a: jaxnorm.normalize(x, (m, v), *a, epsilon=0.1), x, mean, var, scale, bias)
     rstd = 1 / np.sqrt(var.astype(np.float64) + 0.1)
     centered = x.astype(np.float64) - mean
     assert_close(y, centered * rstd * scale + bias)
@@ -205,7 +205,7 @@ def test_running_averages_against_torch(rng, momentum):
     assert_close(running.mean, module.running_mean.numpy(), 72)
     assert_close(running.var, module.running_var.numpy(), 72)
     module.eval()
-    y = jaxnorm.normalize(x, running.mean, running.var, axis=1)
+    y = jaxnorm.normalize(x, running, axis=1)
     assert_close(y, module(torch.tensor(x, dtype=torch.float64)).detach().numpy(), 72)
 
 

@@ -1,4 +1,4 @@
-"""Activations by name, and the inverses of those that have one."""
+"""What follows the affine map: a residual is added, an activation applied, and both undone in the invertible mode."""
 
 import inspect
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jaxnorm import _axes
+from jaxnorm._axes import fail
 
-Function = Callable[[jax.Array], jax.Array]
+Function = Callable[..., jax.Array]
 Activation = str | Function | None
 
 
@@ -37,47 +37,21 @@ class InvertibleActivation(NamedTuple):
         return self.forward(x)
 
 
-class After(NamedTuple):
-    """What follows the affine map, as it was given.
-
-    Attributes:
-      activation: None, a name or a function.
-      residual: None, or an array that is added before the activation.
-      invertible: whether the backward pass recovers the input from the output.
-    """
-
-    activation: Any = None
-    residual: Any = None
-    invertible: bool = False
-
-
-NOTHING = After()
-
-
 def identity(x: jax.Array) -> jax.Array:
     """``x``."""
     return x
 
 
-def _unsoftplus(y: jax.Array) -> jax.Array:
-    return y + jnp.log(-jnp.expm1(-y))
-
-
-@cache
-def _unleaky_relu(slope: float) -> Function:
-    return lambda y: jnp.where(y >= 0, y, y / slope)
-
-
 NAMED: dict[str, Function] = {
-    "elu": jax.nn.elu,
-    "gelu": jax.nn.gelu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "softplus": jax.nn.softplus,
-    "tanh": jnp.tanh,
+    name: getattr(jax.nn, name)
+    for name in (
+        "celu elu gelu hard_sigmoid hard_silu hard_swish hard_tanh identity leaky_relu log_sigmoid mish relu relu6 selu "
+        "sigmoid silu soft_sign softplus sparse_plus sparse_sigmoid squareplus swish tanh"
+    ).split()
 }
+"""The activations of ``jax.nn`` that leave each value by itself."""
+
+STATELESS = frozenset((identity, *NAMED.values()))
 
 
 def check_activation(function: str, activation: Any) -> Function:
@@ -88,8 +62,39 @@ def check_activation(function: str, activation: Any) -> Function:
         return NAMED[activation]
     if isinstance(activation, str) or not callable(activation):
         rule = f"activation must be None, callable, or one of {', '.join(NAMED)}"
-        _axes.fail(function, rule, {"activation": activation}, ValueError if isinstance(activation, str) else TypeError)
+        fail(function, rule, {"activation": activation}, ValueError if isinstance(activation, str) else TypeError)
     return cast(Function, activation)
+
+
+def hoist(function: Function, *example: Any) -> tuple[Function, tuple[jax.Array, ...]]:
+    """``function`` with the arrays that it closes over as arguments after its own; and those arrays.
+
+    So that they can be differentiated, as the slope of a PReLU, and the same function be called with others.
+    """
+    if function in STATELESS:
+        return function, ()
+    converted, closed_over = jax.closure_convert(function, *example)
+    return converted, tuple(closed_over)
+
+
+def applied(activation: Function, z: jax.Array, *closed_over: jax.Array) -> jax.Array:
+    """``activation(z)``, which must have shape and dtype of ``z``."""
+    y = activation(z, *closed_over)
+    if (y.shape, y.dtype) != (z.shape, z.dtype):
+        expected = f"{z.shape} and {z.dtype}"
+        raise ValueError(f"activation must keep shape and dtype, {expected}; got {y.shape} and {y.dtype}.")
+    return y
+
+
+def _unsoftplus(y: jax.Array) -> jax.Array:
+    """What has vanished, as that of any input below -100 has in float32, is as far out as can be told."""
+    y = jnp.maximum(y, jnp.finfo(y.dtype).tiny)
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+@cache
+def _unleaky_relu(slope: float) -> Function:
+    return lambda y: jnp.where(y >= 0, y, y / slope)
 
 
 def inverse_of(function: str, activation: Any) -> Function:
@@ -97,7 +102,7 @@ def inverse_of(function: str, activation: Any) -> Function:
     chosen = check_activation(function, activation)
     if isinstance(chosen, InvertibleActivation):
         return chosen.inverse
-    if chosen is identity:
+    if chosen in (identity, jax.nn.identity):
         return identity
     if chosen is jax.nn.softplus:
         return _unsoftplus
@@ -112,4 +117,4 @@ def inverse_of(function: str, activation: Any) -> Function:
         "invertible needs an activation that forgets nothing: None, softplus, leaky_relu (also as a partial with a"
         " positive negative_slope) or an InvertibleActivation; take leaky_relu for relu"
     )
-    _axes.fail(function, rule, {"activation": activation})
+    fail(function, rule, {"activation": activation})

@@ -1,0 +1,597 @@
+"""The five normalizations: each chooses axes and calls `standardize`, which checks its arguments and calls the rule."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxnorm import _axes, _rule
+from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._epilogue import Activation, check_activation, inverse_of
+from jaxnorm._moments import ChannelGroups, Moments, Statistics
+from jaxnorm._replicas import Replicas
+
+Array = jax.typing.ArrayLike
+Groups = Sequence[Sequence[int]]
+Adjust = Callable[[Statistics], Statistics]
+
+
+def normalize_array(
+    function: str,
+    x: jax.Array,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    features: tuple[int, ...],
+    axes: tuple[int, ...] = (),
+    given: tuple[Array, Array] | None = None,
+    epsilon: Any,
+    centered: bool = True,
+    adjust: Adjust | None = None,
+    mask: Array | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+    dtype: Any = None,
+) -> tuple[jax.Array, Moments]:
+    """Check every argument of ``function``, and normalize by statistics ``given`` or by those over ``axes``.
+
+    What the normalizations and the layers call. The moments keep the rank of ``x``.
+    """
+    replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
+    weights = _axes.check_mask(function, mask, x)
+    scale, bias = (_axes.check_parameter(function, n, v, features, x) for n, v in (("scale", scale), ("bias", bias)))
+    how = _rule.How(
+        axes=tuple(sorted(axes)),
+        centered=centered,
+        replicas=replicas,
+        adjust=adjust,
+        activation=check_activation(function, activation),
+        inverse=inverse_of(function, activation) if invertible else None,
+        dtype=x.dtype if dtype is None else jnp.dtype(dtype),
+    )
+    if invertible:
+        _axes.check_invertible_scale(function, scale)
+    statistics = None
+    if given is not None:
+        mean, var = (_axes.check_parameter(function, n, v, features, x) for n, v in zip(("mean", "var"), given, strict=True))
+        center = lax.stop_gradient(mean)
+        statistics = Statistics(jnp.ones_like(var), center, mean - center, var)
+    elif centered and (adjust is None or isinstance(adjust, ChannelGroups)):
+        group = x.shape[adjust.axis] // adjust.num_groups if isinstance(adjust, ChannelGroups) else 1
+        _axes.warn_of_one_value(function, x, how.axes, group, *replicas)
+    arguments = _rule.Arguments(
+        x,
+        weights,
+        _axes.check_residual(function, residual, x),
+        statistics,
+        scale,
+        bias,
+        _axes.check_epsilon(function, epsilon),
+    )
+    return _rule.standardize(how, arguments)
+
+
+def standardize(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axes: Axes,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-5,
+    centered: bool = True,
+    adjust: Adjust | None = None,
+    mask: Array | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalize by the statistics over any axes: what all normalizations are, and new ones can be made of.
+
+    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    The statistics are right to a few roundings wherever the mean is. In float32 that holds for values, deviations and
+    total weights between 1e-15 and 1e15, gradients included.
+
+    Args:
+      x: real or complex floating point array, of any rank.
+      scale: gamma, in the shape of the axes ``axis`` in the order given, or ``(batch, *features)``, one for each
+        example; None for one.
+      bias: beta, likewise; None for zero.
+      axes: the axis or axes over which statistics are shared.
+      axis: the axis or axes of scale and bias.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      centered: False to fix the mean at zero.
+      adjust: a differentiable function from the `Statistics` measured, over all replicas, to those used, applied in
+        between. The mean is ``center + offset``; what is reduced has size one, and may have another that broadcasts.
+      mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured; all values are
+        normalized. What is masked out may be NaN. Where nothing is left, the normalized value is zero.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together.
+      axis_index_groups: lists of replicas that together hold each once; each is normalized with its own list only.
+      activation: applied last: None, a function, or the name of one in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
+        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
+        exact as the dtype of ``y`` allows: an error of one rounding of ``y`` is divided by the scale. A scale of zero
+        is refused where its value is known; where it is traced, gradients of that feature are NaN.
+
+    Returns:
+      ``(y, moments)``: ``y`` in the shape and dtype of ``x``, and the `Moments` over ``axes`` before they were
+      adjusted, as `moments` gives them.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Warns:
+      UserWarning: every statistic is of one value, which is normalized to zero whatever it is.
+
+    Example:
+      A normalization by the root of half the variance:
+
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, _ = jaxnorm.standardize(x, axes=0, epsilon=0.0, adjust=lambda s: s._replace(var=s.var / 4))
+      >>> y.tolist()
+      [[-2.0], [2.0]]
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+      Shift", ICML 2015. Rota Bulo, Porzi and Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+      of DNNs", CVPR 2018, for ``invertible``.
+    """
+    x, features = _axes.check_input("standardize", x, axis)
+    reduced = _axes.canonical_axes("standardize", "axes", axes, x.ndim)
+    y, batch = normalize_array(
+        "standardize",
+        x,
+        scale,
+        bias,
+        features=features,
+        axes=reduced,
+        epsilon=epsilon,
+        centered=centered,
+        adjust=adjust,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )
+    kept = _axes.others(reduced, x)
+    return y, Moments(*(_axes.extract(m, kept) for m in batch))
+
+
+def batch_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: Array | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalize every feature by the statistics of this batch: batch normalization as in training.
+
+    .. math:: y = \gamma \, \frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} + \beta
+
+    with the mean and the biased variance of each feature over all other axes, the replicas of ``axis_name`` included.
+    Under ``jit`` with a sharded batch the statistics are those of the whole batch, with no ``axis_name``.
+
+    Args:
+      x: real or complex floating point array, of any rank.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
+      bias: beta, likewise; None for zero.
+      axis: the feature axis, or several.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      mask, axis_name, axis_index_groups, activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``(y, batch)``: ``y`` in the shape and dtype of ``x``, and the `Moments` of the batch in the shape of the feature
+      axes, for `update_running`.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit, or one value per feature, whose variance is zero whatever it is.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> y, batch = jaxnorm.batch_norm(jnp.array([[1.0], [3.0]]), epsilon=0.0)
+      >>> y.tolist(), batch.mean.tolist(), batch.var.tolist()
+      ([[-1.0], [1.0]], [2.0], [1.0])
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+      Shift", ICML 2015. Rota Bulo, Porzi and Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+      of DNNs", CVPR 2018, for ``invertible``.
+    """
+    x, features = _axes.check_input("batch_norm", x, axis)
+    y, batch = normalize_array(
+        "batch_norm",
+        x,
+        scale,
+        bias,
+        features=features,
+        axes=_axes.others(features, x),
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )
+    return y, Moments(*(_axes.extract(m, features) for m in batch))
+
+
+def layer_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-6,
+    mask: Array | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> jax.Array:
+    r"""Normalize every example by the statistics of its own features.
+
+    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    with mean and biased variance over the feature axes. Independent of the batch: the remedy where batches are small,
+    and for recurrent networks.
+
+    Args:
+      x: real or complex floating point array, of any rank.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
+      bias: beta, likewise; None for zero.
+      axis: the feature axis, or several.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      mask, activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> jaxnorm.layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]]), epsilon=0.0).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+
+    References:
+      Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+    x, features = _axes.check_input("layer_norm", x, axis)
+    return normalize_array(
+        "layer_norm",
+        x,
+        scale,
+        bias,
+        features=features,
+        axes=features,
+        epsilon=epsilon,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )[0]
+
+
+def rms_norm(
+    x: Array,
+    scale: Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-6,
+    mask: Array | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> jax.Array:
+    r"""Divide every example by the root mean square of its own features.
+
+    .. math:: y = \gamma \, \frac{x}{\sqrt{\overline{x^2} + \epsilon}}
+
+    Layer normalization with the mean fixed at zero.
+
+    Args:
+      x: real or complex floating point array, of any rank.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
+      axis: the feature axis, or several.
+      epsilon: added to the mean square, in the squared unit of ``x``.
+      mask, activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> jaxnorm.rms_norm(jnp.array([3.0, -3.0]), epsilon=0.0).tolist()
+      [1.0, -1.0]
+
+    References:
+      Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
+    """
+    x, features = _axes.check_input("rms_norm", x, axis)
+    return normalize_array(
+        "rms_norm",
+        x,
+        scale,
+        None,
+        features=features,
+        axes=features,
+        epsilon=epsilon,
+        centered=False,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )[0]
+
+
+def group_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    num_groups: int,
+    axis: int = -1,
+    epsilon: float | jax.Array = 1e-6,
+    mask: Array | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> jax.Array:
+    r"""Normalize every example by the statistics of groups of neighbouring channels.
+
+    .. math:: y = \gamma \, \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
+
+    with mean and biased variance of group g over its channels and all axes but the first, which is the batch. One group
+    is layer normalization over all of them; as many groups as channels is instance normalization.
+
+    Args:
+      x: real or complex floating point array of shape ``(batch, ...)``.
+      scale: gamma, one per channel; None for one.
+      bias: beta, one per channel; None for zero.
+      num_groups: how many groups; divides the number of channels.
+      axis: the channel axis, not the first.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      mask, activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> jaxnorm.group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2, epsilon=0.0).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+
+    References:
+      Wu and He, "Group Normalization", ECCV 2018.
+    """
+    x, features = _axes.check_input("group_norm", x, axis, batched=True)
+    if len(features) != 1:
+        _axes.fail("group_norm", "axis must be one axis, that of the channels", {"axis": axis})
+    _axes.check_groups("group_norm", num_groups, x.shape[features[0]])
+    return normalize_array(
+        "group_norm",
+        x,
+        scale,
+        bias,
+        features=features,
+        axes=_axes.others(features, x, first=1),
+        epsilon=epsilon,
+        adjust=ChannelGroups(*features, num_groups),
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )[0]
+
+
+def instance_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-6,
+    mask: Array | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> jax.Array:
+    r"""Normalize every channel of every example by its own statistics.
+
+    .. math:: y = \gamma \, \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta
+
+    with mean and biased variance over all axes but the first, which is the batch, and the features.
+
+    Args:
+      x: real or complex floating point array of shape ``(batch, ...)``.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
+      bias: beta, likewise; None for zero.
+      axis: the feature axis, or several, not the first.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      mask, activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> x = jnp.array([[[1.0, 10.0], [3.0, 30.0]]])  # one example, two positions, two channels
+      >>> jaxnorm.instance_norm(x, epsilon=0.0).tolist()
+      [[[-1.0, -1.0], [1.0, 1.0]]]
+
+    References:
+      Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
+    """
+    x, features = _axes.check_input("instance_norm", x, axis, batched=True)
+    return normalize_array(
+        "instance_norm",
+        x,
+        scale,
+        bias,
+        features=features,
+        axes=_axes.others(features, x, first=1),
+        epsilon=epsilon,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )[0]
+
+
+def normalize(
+    x: Array,
+    statistics: Any,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-5,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> jax.Array:
+    r"""Normalize by statistics given: batch normalization as in inference.
+
+    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    Args:
+      x: real or complex floating point array, of any rank.
+      statistics: `RunningStats`, `Moments` or a pair ``(mean, var)``, in the shape of the feature axes in the order
+        given, or ``(batch, *features)``.
+      scale: gamma, likewise; None for one.
+      bias: beta, likewise; None for zero.
+      axis: the feature axis, or several.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``. Each value depends on its own input alone; replicas need not communicate.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> jaxnorm.normalize(jnp.array([[5.0]]), jaxnorm.init_running(1), epsilon=0.0).tolist()
+      [[5.0]]
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization", ICML 2015, algorithm 2.
+    """
+    x, features = _axes.check_input("normalize", x, axis)
+    return normalize_array(
+        "normalize",
+        x,
+        scale,
+        bias,
+        features=features,
+        given=_mean_and_var(statistics),
+        epsilon=epsilon,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )[0]
+
+
+def _mean_and_var(statistics: Any) -> tuple[Array, Array]:
+    if hasattr(statistics, "mean") and hasattr(statistics, "var") and not hasattr(statistics, "dtype"):
+        return statistics.mean, statistics.var
+    if isinstance(statistics, tuple | list) and len(statistics) == 2:
+        return statistics[0], statistics[1]
+    rule = "statistics must be RunningStats, Moments or a pair (mean, var)"
+    _axes.fail("normalize", rule, {"type": type(statistics).__name__}, TypeError)
+
+
+def moments(
+    x: Array,
+    axes: Axes,
+    *,
+    mask: Array | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+) -> Moments:
+    r"""Mean, biased variance and count of ``x`` over ``axes``, a mask and replicas.
+
+    With weights :math:`w` (one everywhere, the mask, or real numbers) and :math:`n = \sum w`,
+
+    .. math:: \mu = \frac1n \sum w x \qquad \sigma^2 = \frac1n \sum w (x - \mu)^2
+
+    Stable for any mean: the variance is exact to a few roundings where ``E[x^2] - E[x]^2`` has lost every digit. Where
+    the count is zero, so are mean and variance.
+
+    Args:
+      x: real or complex floating point array of any shape.
+      axes: axis or axes to reduce.
+      mask: broadcasts against ``x``; boolean, or non-negative weights. What is masked out may be NaN.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are measured together, each by
+        its own count.
+      axis_index_groups: lists of replicas that together hold each once; each is measured with its own list only.
+
+    Returns:
+      `Moments` in the shape of the axes of ``x`` that are left; float32, or float64 for float64 input (the mean of
+      complex input is complex).
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: axes, mask, axis_name or axis_index_groups that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> x = 1e6 + jnp.array([[-1.0, 0.0], [1.0, 0.0]])
+      >>> jaxnorm.moments(x, 0).var.tolist()
+      [1.0, 0.0]
+    """
+    x = _axes.as_input("moments", "x", x)
+    axes = tuple(sorted(_axes.canonical_axes("moments", "axes", axes, x.ndim)))
+    batch = measure_array("moments", x, axes, mask, axis_name, axis_index_groups)
+    return Moments(*(_axes.extract(m, _axes.others(axes, x)) for m in batch))
+
+
+def measure_array(
+    function: str,
+    x: jax.Array,
+    axes: tuple[int, ...],
+    mask: Array | None,
+    axis_name: AxisNames | None,
+    axis_index_groups: Groups | None,
+) -> Moments:
+    """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""
+    replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
+    return _rule.moments(_rule.How(axes, replicas=replicas), x, _axes.check_mask(function, mask, x))
