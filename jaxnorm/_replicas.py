@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxnorm._moments import Statistics, merge, merge_along
@@ -31,26 +32,21 @@ class Replicas(NamedTuple):
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
 
-def varying(*values: jax.Array) -> frozenset[Any]:
-    """The mapped axes over which any of ``values`` varies, as far as jax keeps track of it."""
-    return frozenset().union(*(jax.typeof(v).manual_axis_type.varying for v in values))
-
-
-def vary(values: tuple[jax.Array, ...], *like: jax.Array) -> tuple[jax.Array, ...]:
-    """Mark ``values`` as varying over the mapped axes that they or ``like`` vary over, in one step.
+def vary(values: Any, *like: Any) -> Any:
+    """Mark ``values``, a tree, as varying over the mapped axes that they or ``like`` vary over, in one step.
 
     Under ``shard_map`` with ``check_vma``, the transpose of this step is a collective: jax would insert one a value.
     """
-    wanted, result = varying(*values, *like), list(values)
-    for missing in {wanted - varying(v) for v in values} - {frozenset()}:
-        chosen = [n for n, v in enumerate(values) if wanted - varying(v) == missing]
-        flat = lax.pcast(jnp.concatenate([values[n].ravel() for n in chosen]), tuple(missing), to="varying")
-        start = 0
-        for n in chosen:
-            part = flat[start : start + values[n].size].reshape(values[n].shape)
-            result[n] = part if jnp.iscomplexobj(values[n]) else part.real
-            start += values[n].size
-    return tuple(result)
+    leaves, structure = jax.tree.flatten(values)
+    axes = [jax.typeof(v).manual_axis_type.varying for v in leaves]
+    wanted = frozenset().union(*axes, *(jax.typeof(v).manual_axis_type.varying for v in jax.tree.leaves(like)))
+    for missing in {wanted - own for own in axes} - {frozenset()}:
+        chosen = [n for n, own in enumerate(axes) if wanted - own == missing]
+        flat = lax.pcast(jnp.concatenate([leaves[n].ravel() for n in chosen]), tuple(missing), to="varying")
+        ends = np.cumsum([leaves[n].size for n in chosen])[:-1]
+        for n, part in zip(chosen, jnp.split(flat, ends), strict=True):
+            leaves[n] = (part if jnp.iscomplexobj(leaves[n]) else part.real).reshape(leaves[n].shape)
+    return structure.unflatten(leaves)
 
 
 def _stack(values: tuple[jax.Array, ...]) -> jax.Array:
@@ -94,7 +90,7 @@ def merge_replicas(local: Statistics, replicas: Replicas, named: Any) -> Statist
         return Statistics(*(m[0] for m in merged))
 
     def over_replicas(*values):
-        (packed,) = vary((_stack(values),), index)
+        packed = vary(_stack(values), index)
         if groups is None:
             return _unstack(named(lax.psum(packed, names)), values)
         return _unstack(named(lax.psum(_slots(packed, number[index], len(groups)), names))[number[index]], values)

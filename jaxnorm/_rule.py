@@ -27,7 +27,7 @@ from jaxnorm._axes import statistics_dtype
 from jaxnorm._epilogue import STATELESS, Function, applied, hoist, identity
 from jaxnorm._moments import ChannelGroups, Moments, Statistics, abs_sq, apply_weights, divisor, measure, measured
 from jaxnorm._replicas import Replicas, merge_replicas, vary
-from jaxnorm._xla import is_zero, optimization_barrier, recomputed, spread, sum_over
+from jaxnorm._xla import Map, is_zero, optimization_barrier, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 save_statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
@@ -83,16 +83,19 @@ def _relative(statistics: Statistics, origin: Statistics) -> Statistics:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _statistics(how: How, read: Function, differentiated: bool, data, stored, weights, origin, known) -> Statistics:
+def _statistics(how: How, read: Function, differentiated: bool, data, stored, weights, near, origin, known):
     """Of the data, which ``read(*stored)`` gives: ``known``, or measured. Of the mean, ``offset`` is differentiated."""
     if known is not None:
         return known
-    return measure(stored[0], weights, how.axes, how.centered, differentiated)
+    return measure(
+        stored[0], weights, near, axes=how.axes, centered=how.centered, differentiated=differentiated
+    )
 
 
 @partial(_statistics.defjvp, symbolic_zeros=True)
 def _statistics_tangent(how, read, _, primals, tangents):
     (t, _), _, t_weights, *_ = tangents
+    _, stored, weights, _, origin, _ = primals
     statistics = _saved(_statistics(how, read, True, *primals))
 
     def tangent(t, t_weights, stored, weights, origin, statistics):
@@ -109,47 +112,41 @@ def _statistics_tangent(how, read, _, primals, tangents):
         return Statistics(t_count, jnp.zeros_like(t_mean), t_mean, t_var / n)
 
     t, t_weights = (None if is_zero(v) else v for v in (t, t_weights))
-    return statistics, recomputed(tangent)(t, t_weights, *primals[1:4], statistics)
+    return statistics, recomputed(tangent)(t, t_weights, stored, weights, origin, statistics)
 
 
-def _affine(x, residual, center, offset, multiplier, scale, constant, *closed_over, activation: Function) -> jax.Array:
-    """``activation((x - center - offset) * multiplier * scale + constant + residual)``, in which much may be missing."""
+def _affine(x, residual, center, offset, multiplier, scale, constant) -> jax.Array:
+    """``(x - center - offset) * multiplier * scale + constant + residual``, in which much may be missing."""
     z = x if center is None else x - center
     z = z if offset is None else z - offset
     z = z * multiplier if scale is None else z * multiplier * scale
     z = z if constant is None else z + constant
-    z = z if residual is None else z + residual
-    return applied(activation, z, *closed_over)
+    return z if residual is None else z + residual
 
 
 def _map(how: How, read: Function, data, stored, statistics, scale, bias, epsilon, closed_over) -> jax.Array:
     """``(x - mean) / sqrt(var + epsilon) * scale + bias``, then the epilogue; of what has no values, ``bias``."""
     count, center, offset, var = statistics
-    rstd = jnp.where(count > 0, 1 / jnp.sqrt(var + epsilon), 0)
+    rstd = (count > 0).astype(var.dtype) / jnp.sqrt(var + epsilon)
     if scale is None:
         scale = jnp.ones_like(rstd)
     if not how.centered:
         center = offset = None
     elif bias is None:
         bias = jnp.zeros_like(scale)
-    like = jax.tree.leaves(data)
-    present, structure = jax.tree.flatten((offset, rstd, scale, bias, closed_over))
-    if jnp.broadcast_shapes(rstd.shape, scale.shape) == like[0].shape:  # the product is no smaller than the data
-        offset, rstd, scale, bias, closed_over = structure.unflatten(vary(tuple(present), *like))
-        small = (center, offset, rstd, scale, bias, *closed_over)
-    else:
-        offset, rstd, scale, bias, closed_over = structure.unflatten(vary(tuple(present)))
+    small = (offset, rstd, scale, bias)
+    if jnp.broadcast_shapes(rstd.shape, scale.shape) != data[0].shape:  # their product is smaller than the data
+        offset, rstd, scale, bias = vary(small)
         multiplier = rstd * scale
-        constant = bias if offset is None else bias - offset * multiplier
-        present, structure = jax.tree.flatten((multiplier, constant, closed_over))
-        multiplier, constant, closed_over = structure.unflatten(vary(tuple(present), *like))
-        small = (center, None, multiplier, None, constant, *closed_over)
-    return spread(read, partial(_affine, activation=how.activation), how.dtype, data, stored, small)
+        small = (None, multiplier, None, bias if offset is None else bias - offset * multiplier)
+    small, further = vary((small, closed_over), *data)
+    after = None if how.activation is identity else partial(applied, how.activation)
+    return spread(Map(read, _affine, after, how.dtype), data, stored, (center, *small), further)
 
 
-def _measure(how: How, read: Function, data, stored, weights, origin, known) -> tuple[Statistics, Statistics]:
+def _measure(how: How, read: Function, data, stored, weights, near, origin, known) -> tuple[Statistics, Statistics]:
     """The statistics of this array, and of all replicas together."""
-    local = _statistics(how, read, False, data, stored, weights, origin, known)
+    local = _statistics(how, read, False, data, stored, weights, near, origin, known)
     local = local._replace(center=lax.stop_gradient(local.center))
     return local, merge_replicas(local, how.replicas, _saved)
 
@@ -164,6 +161,7 @@ class Arguments(NamedTuple):
     scale: jax.Array | None
     bias: jax.Array | None
     epsilon: jax.Array
+    near: jax.Array | None = None
     of_adjust: tuple[jax.Array, ...] = ()
     of_activation: tuple[jax.Array, ...] = ()
     of_inverse: tuple[jax.Array, ...] = ()
@@ -171,11 +169,11 @@ class Arguments(NamedTuple):
 
 def _standardize(how: How, a: Arguments, read: Function = _read, stored: Any = None, origin: Any = None, known: Any = None):
     """The output; the statistics measured and used; and, for who inverts it, those of this array."""
-    data = _read(a.x, a.weights, a.residual)
+    data = _read(a.x, None, a.residual)  # of this only the derivative is used, which is that of what is stored
     stored = (a.x, a.weights, a.residual) if stored is None else stored
     local = statistics = used = a.given
     if used is None:
-        local, statistics = _measure(how, read, data, stored, a.weights, origin, known)
+        local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known)
         used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
     relative = used if origin is None else _relative(used, origin)
     y = _map(how, read, data, stored, relative, a.scale, a.bias, a.epsilon, a.of_activation)
@@ -235,14 +233,14 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
         inverse, of_inverse = hoist(how.inverse, data[0])
         how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
     if how.inverse is not None and not own:
-        _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, None, None)
+        _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, a.near, None, None)
         adjust, of_adjust = hoist(how.adjust, statistics)
         how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)
     return _run(how, a)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def moments(how: How, x: jax.Array, weights: jax.Array | None) -> Moments:
+def moments(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Moments:
     """The moments of ``x``, reduced axes kept with size one."""
     stored = (x, weights, None)
-    return _moments(_measure(how, _read, _read(*stored), stored, weights, None, None)[1])
+    return _moments(_measure(how, _read, _read(*stored), stored, weights, near, None, None)[1])

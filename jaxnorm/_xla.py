@@ -8,7 +8,7 @@ for what is worth doing on some chips only.
 import math
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,35 +120,92 @@ def total(function: Function, axes: tuple[int, ...], *data: Any, differentiated:
     return by_platform(*data, differentiated=differentiated, default=default, cpu=on_cpu)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def spread(read: Function, function: Function, dtype: Any, data: Any, stored: Any, small: tuple[Any, ...]) -> jax.Array:
-    """``function(*data, *small)`` in ``dtype``, where ``data`` is what ``read(*stored)`` gives: arrays of one shape.
+class Map(NamedTuple):
+    """A map of the data that `spread` applies: ``after(affine(*data, *small), *further)``.
 
-    The derivative is that of ``function``. But the data is read again for it, so that nothing is kept but what is
-    stored, whose own derivative is that of the data; and each of the arguments ``small``, which are spread over the
-    data, has a part to itself, so that the sums which are the transposes of these parts read what they need by
-    themselves.
+    Attributes:
+      read: gives the data from what is stored: arrays of one shape, or None.
+      affine: linear in the data.
+      after: elementwise; None for nothing.
+      dtype: of the result.
     """
-    return function(*read(*stored), *small).astype(dtype)
+
+    read: Function
+    affine: Function
+    after: Function | None
+    dtype: Any
+
+    def __call__(self, data: Any, small: tuple[Any, ...], further: tuple[Any, ...]) -> jax.Array:
+        """The result, before it is rounded."""
+        z = self.affine(*data, *small)
+        return z if self.after is None else self.after(z, *further)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def spread(how: Map, data: Any, stored: Any, small: tuple[Any, ...], further: tuple[Any, ...]) -> jax.Array:
+    """What ``how`` makes of the ``data``, and of arrays that are spread over it.
+
+    The derivative is the usual one. But the data is read again for it, so that nothing is kept but what is stored,
+    whose own derivative is that of the data; and each argument has a part of the derivative to itself, so that the sums
+    over the data that are the transposes of these parts read what they need by themselves.
+    """
+    return how(how.read(*stored), small, further).astype(how.dtype)
 
 
 @partial(spread.defjvp, symbolic_zeros=True)
-def _spread_tangent(read, function, dtype, primals, tangents):
-    data, stored, small = primals
-    t_data, _, t_small = tangents
+def _spread_tangent(how, primals, tangents):
+    _, stored, *arrays = primals
+    t_data, _, t_small, t_further = tangents
 
-    def along_data(t, stored, small):
-        return jax.jvp(lambda *data: function(*data, *small), read(*stored), t)[1]
+    def derivative(how, own, *tangents):
+        """The sum of the derivatives along each argument, of which the n-th reads the arrays ``own(n)``."""
 
-    def along(n, t, stored, small):
-        return jax.jvp(lambda s: function(*read(*stored), *small[:n], s, *small[n + 1 :]), (small[n],), (t,))[1]
+        def along(place, m, t, stored, *arrays):
+            arguments = [how.read(*stored), *arrays]
 
-    parts = []
-    if not all(map(is_zero, t_data)):
-        dense = tuple(d if d is None else jnp.zeros_like(d) if is_zero(t) else t for t, d in zip(t_data, data, strict=True))
-        parts.append(recomputed(along_data)(dense, stored, small))
-    parts += [_part(partial(along, n), dtype, t, stored, small) for n, t in enumerate(t_small) if not is_zero(t)]
-    return spread(read, function, dtype, *primals), reduce(jnp.add, parts).astype(dtype)
+            def of_one(value):
+                changed = (*arguments[place][:m], value, *arguments[place][m + 1 :])
+                return how(*arguments[:place], changed, *arguments[place + 1 :])
+
+            return jax.jvp(of_one, (arguments[place][m],), (t,))[1]
+
+        which = [(place, m, t) for place, ts in enumerate(tangents) for m, t in enumerate(ts) if not is_zero(t)]
+        parts = []
+        for n, (place, m, t) in enumerate(which):
+            part = partial(along, place, m)
+            parts.append(_part(part, how.dtype, t, stored, *own(n)) if place else recomputed(part)(t, stored, *own(n)))
+        return reduce(jnp.add, parts) if parts else 0
+
+    barriers = [arrays]
+
+    def own(n):
+        """The arrays behind a barrier of their own."""
+        while n >= len(barriers) - 1:
+            barriers.append(lax.optimization_barrier(barriers[-1]))
+        return barriers[n + 1]
+
+    def apart():
+        """Each part computes the derivative of ``after`` as it reads; else XLA would compute it once, and store it."""
+        return derivative(how, own, t_data, t_small, t_further)
+
+    def together():
+        """All parts read one cotangent, rounded: that of a residual, which is stored anyway."""
+        t_z = derivative(how._replace(after=None), lambda n: arrays, t_data, t_small)
+
+        def through(t, stored, small, further):
+            z = how.affine(*how.read(*stored), *small)
+            return jax.jvp(lambda z: how.after(z, *further), (z.astype(t.dtype),), (t,))[1]
+
+        t_y = recomputed(through)(t_z.astype(how.dtype), stored, *own(0)).astype(t_z.dtype)
+        return t_y + derivative(how, own, (), (), t_further)
+
+    if how.after is None:
+        t_y = derivative(how, lambda n: arrays, t_data, t_small)
+    elif is_zero(t_data[-1]):
+        t_y = apart()
+    else:
+        t_y = lax.platform_dependent(cuda=apart, rocm=apart, default=together)
+    return spread(how, *primals), t_y.astype(how.dtype)
 
 
 def _part(function: Function, dtype: Any, t: jax.Array, *rest: Any) -> jax.Array:

@@ -28,6 +28,7 @@ def normalize_array(
     features: tuple[int, ...],
     axes: tuple[int, ...] = (),
     given: tuple[Array, Array] | None = None,
+    near: Array | None = None,
     epsilon: Any,
     centered: bool = True,
     adjust: Adjust | None = None,
@@ -41,7 +42,8 @@ def normalize_array(
 ) -> tuple[jax.Array, Moments]:
     """Check every argument of ``function``, and normalize by statistics ``given`` or by those over ``axes``.
 
-    What the normalizations and the layers call. The moments keep the rank of ``x``.
+    What the normalizations and the layers call. The moments keep the rank of ``x``. ``near`` is a point for each
+    feature, if one is known, that its mean is not far from.
     """
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     weights = _axes.check_mask(function, mask, x)
@@ -73,6 +75,7 @@ def normalize_array(
         scale,
         bias,
         _axes.check_epsilon(function, epsilon),
+        _near(function, near, features, x),
     )
     return _rule.standardize(how, arguments)
 
@@ -591,7 +594,13 @@ def measure_array(
     mask: Array | None,
     axis_name: AxisNames | None,
     axis_index_groups: Groups | None,
+    near: jax.Array | None = None,
 ) -> Moments:
     """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""
-    replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    return _rule.moments(_rule.How(axes, replicas=replicas), x, _axes.check_mask(function, mask, x))
+    how = _rule.How(axes, replicas=Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups)))
+    return _rule.moments(how, x, _axes.check_mask(function, mask, x), near)
+
+
+def _near(function: str, near: Array | None, features: tuple[int, ...], x: jax.Array) -> jax.Array | None:
+    value = _axes.check_parameter(function, "near", near, features, x)
+    return None if value is None else lax.stop_gradient(value)

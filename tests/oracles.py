@@ -61,11 +61,11 @@ def statistics(x, labels, weights=None, centered=True):
 
 
 def normalize(x, labels, features, scale=None, bias=None, epsilon=0.0, weights=None, centered=True):
-    """y = (x - mean) / sqrt(var + epsilon) * scale + bias."""
+    """y = (x - mean) / sqrt(var + epsilon) * scale + bias, where there is anything to measure; bias elsewhere."""
     shape = np.shape(x)
     x = np.asarray(x, np.result_type(x, np.float64)).reshape(-1)
-    mean, var, _ = statistics(x, labels, weights, centered)
-    y = (x - mean[labels]) / np.sqrt(var[labels] + epsilon)
+    mean, var, count = statistics(x, labels, weights, centered)
+    y = np.where(count[labels] > 0, (x - mean[labels]) / np.sqrt(var[labels] + epsilon), 0)
     if scale is not None:
         y = y * np.asarray(scale, np.float64).reshape(-1)[features]
     if bias is not None:
@@ -81,7 +81,7 @@ def gradients(x, cotangent, labels, features, scale, epsilon=0.0, weights=None, 
     scale = np.asarray(scale, np.float64)
     w = np.ones(x.shape) if weights is None else np.asarray(weights, np.float64).reshape(-1)
     mean, var, count = statistics(x, labels, weights, centered)
-    rstd = 1 / np.sqrt(var[labels] + epsilon)
+    rstd = np.where(count[labels] > 0, 1 / np.sqrt(var[labels] + epsilon), 0)
     normalized = (x - mean[labels]) * rstd
     inner = cotangent * scale.reshape(-1)[features]
     d_x = inner * rstd
