@@ -125,8 +125,8 @@ class Map(NamedTuple):
 
     Attributes:
       read: gives the data from what is stored: arrays of one shape, or None.
-      affine: linear in the data.
-      after: elementwise; None for nothing.
+      affine: linear in the data; the last of ``small`` is added to its result as the last of the data is.
+      after: applied to what has ``dtype``; None for nothing.
       dtype: of the result.
     """
 
@@ -136,9 +136,9 @@ class Map(NamedTuple):
     dtype: Any
 
     def __call__(self, data: Any, small: tuple[Any, ...], further: tuple[Any, ...]) -> jax.Array:
-        """The result, before it is rounded."""
+        """The result, not yet rounded where nothing comes after."""
         z = self.affine(*data, *small)
-        return z if self.after is None else self.after(z, *further)
+        return z if self.after is None else self.after(z.astype(self.dtype), *further)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -155,57 +155,42 @@ def spread(how: Map, data: Any, stored: Any, small: tuple[Any, ...], further: tu
 @partial(spread.defjvp, symbolic_zeros=True)
 def _spread_tangent(how, primals, tangents):
     _, stored, *arrays = primals
-    t_data, _, t_small, t_further = tangents
+    t_data, _, *t_arrays = tangents
+    wide = jnp.promote_types(how.dtype, jnp.float32)
 
-    def derivative(how, own, *tangents):
-        """The sum of the derivatives along each argument, of which the n-th reads the arrays ``own(n)``."""
+    def along_data(t, stored, *arrays):
+        data = how.read(*stored)
+        t = tuple(d if d is None else jnp.zeros_like(d) if t is None else t for t, d in zip(t, data, strict=True))
+        return jax.jvp(lambda *data: how(data, *arrays), data, t)[1].astype(wide)
 
-        def along(place, m, t, stored, *arrays):
-            arguments = [how.read(*stored), *arrays]
+    def along(place, n, t, stored, *arrays):
+        def of_one(value):
+            changed = (*arrays[place][:n], value, *arrays[place][n + 1 :])
+            return how(how.read(*stored), *arrays[:place], changed, *arrays[place + 1 :])
 
-            def of_one(value):
-                changed = (*arguments[place][:m], value, *arguments[place][m + 1 :])
-                return how(*arguments[:place], changed, *arguments[place + 1 :])
+        return jax.jvp(of_one, (arrays[place][n],), (t,))[1].astype(wide)
 
-            return jax.jvp(of_one, (arguments[place][m],), (t,))[1]
+    # Where several parts read the cotangent times a derivative that takes the data to compute, XLA would compute that
+    # once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads. But
+    # that of a residual is stored anyway, and is that of what is added, too.
+    own = [arrays]
+    stored_anyway = not is_zero(t_data[-1])
 
-        which = [(place, m, t) for place, ts in enumerate(tangents) for m, t in enumerate(ts) if not is_zero(t)]
-        parts = []
-        for n, (place, m, t) in enumerate(which):
-            part = partial(along, place, m)
-            parts.append(_part(part, how.dtype, t, stored, *own(n)) if place else recomputed(part)(t, stored, *own(n)))
-        return reduce(jnp.add, parts) if parts else 0
+    def behind_a_barrier():
+        if how.after is not None:
+            own.append(lax.optimization_barrier(own[-1]))
+        return own[-1]
 
-    barriers = [arrays]
-
-    def own(n):
-        """The arrays behind a barrier of their own."""
-        while n >= len(barriers) - 1:
-            barriers.append(lax.optimization_barrier(barriers[-1]))
-        return barriers[n + 1]
-
-    def apart():
-        """Each part computes the derivative of ``after`` as it reads; else XLA would compute it once, and store it."""
-        return derivative(how, own, t_data, t_small, t_further)
-
-    def together():
-        """All parts read one cotangent, rounded: that of a residual, which is stored anyway."""
-        t_z = derivative(how._replace(after=None), lambda n: arrays, t_data, t_small)
-
-        def through(t, stored, small, further):
-            z = how.affine(*how.read(*stored), *small)
-            return jax.jvp(lambda z: how.after(z, *further), (z.astype(t.dtype),), (t,))[1]
-
-        t_y = recomputed(through)(t_z.astype(how.dtype), stored, *own(0)).astype(t_z.dtype)
-        return t_y + derivative(how, own, (), (), t_further)
-
-    if how.after is None:
-        t_y = derivative(how, lambda n: arrays, t_data, t_small)
-    elif is_zero(t_data[-1]):
-        t_y = apart()
-    else:
-        t_y = lax.platform_dependent(cuda=apart, rocm=apart, default=together)
-    return spread(how, *primals), t_y.astype(how.dtype)
+    first, parts = behind_a_barrier(), []
+    if not all(map(is_zero, t_data)):
+        parts.append(recomputed(along_data)([None if is_zero(t) else t for t in t_data], stored, *first))
+    for place, ts in enumerate(t_arrays):
+        for n, t in enumerate(ts):
+            if not is_zero(t):
+                shared = stored_anyway and (place, n) == (0, len(ts) - 1)
+                part = partial(along, place, n)
+                parts.append(_part(part, how.dtype, t, stored, *(first if shared else behind_a_barrier())))
+    return spread(how, *primals), reduce(jnp.add, parts).astype(how.dtype)
 
 
 def _part(function: Function, dtype: Any, t: jax.Array, *rest: Any) -> jax.Array:
