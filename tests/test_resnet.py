@@ -85,7 +85,7 @@ def test_linen(rng):
 
     def step(norm):
         model = LinenResNet(norm)
-        variables = model.init(jax.random.key(0), images, train=True)
+        variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=True)
 
         def loss(params):
             logits, updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
@@ -94,7 +94,7 @@ def test_linen(rng):
         (value, updates), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
         params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
         trained = {"params": params, **updates}
-        return value, grads, trained, model.apply(trained, images, train=False)
+        return value, grads, trained, jax.jit(model.apply, static_argnames="train")(trained, images, train=False)
 
     # the names of the layers carry that of the class, which is the same
     assert_same(step(jaxnorm.linen.BatchNorm), step(nn.BatchNorm))

@@ -51,22 +51,25 @@ def expected(norm, x, cotangent, mask):
     return y, oracles.gradients(x, cotangent * np.cos(y), labels, features, scale, **options)[0]
 
 
-def left_to_the_user(norm, over, axis_type, masked):
+TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def left_to_the_user(norm, placement, masked):
     """Explicit sharding leaves the split of sharded channels into groups to the user."""
-    return (norm, over, axis_type) == ("group", "channels", AxisType.Explicit)
+    return norm == "group" and placement == ("channels", AxisType.Explicit)
 
 
 @pytest.mark.parametrize(
-    ("norm", "over", "axis_type", "masked"),
+    ("norm", "placement", "masked"),
     pairwise(
         {norm: norm for norm in NORMS},
-        {over: over for over in SPECS},
-        {"automatic": AxisType.Auto, "explicit": AxisType.Explicit},
+        {f"{over}-{name}": (over, axis_type) for over in SPECS for name, axis_type in TYPES.items()},
         {"plain": False, "masked": True},
         without=left_to_the_user,
     ),
 )
-def test_sharded_arrays(rng, norm, over, axis_type, masked):
+def test_sharded_arrays(rng, norm, placement, masked):
+    over, axis_type = placement
     args = problem(rng, masked)
     y, gradient = expected(norm, *args)
     mesh = mesh_of(axis_type)
