@@ -130,6 +130,7 @@ PARTIAL = 1 / 56
 """Of an activation, the sums over the last axis of each image, as a CPU takes them first in a step."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "tpu-v5e-1", "h200-1"])
 def test_traffic(target, tmp_path):
     """No norm moves more than Flax's, but for the slice; where the compiler is installed, the figures of the README."""
@@ -161,6 +162,7 @@ def test_traffic(target, tmp_path):
             assert rows[norm, "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 2.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "scan", "invertible_scan", "invertible_unrolled"),
     [("tpu-v5e-1", 2.3, 2.0, 1.15), ("h200-1", 2.4, 2.4, 1.25)],
@@ -176,6 +178,7 @@ def test_memory_of_a_stack(target, scan, invertible_scan, invertible_unrolled, t
     assert temporaries["unrolled, jaxnorm"] <= temporaries["unrolled, flax"] + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("few", "many"), [("tpu-v5e-4", "tpu-v5e-256"), ("h200-1", "h200-8")])
 def test_resnet_on_many_chips(few, many, tmp_path):
     """ResNet-50: at most three collectives a batch norm, those of the gradients besides; memory of a chip stays."""
@@ -187,6 +190,7 @@ def test_resnet_on_many_chips(few, many, tmp_path):
         assert row["temporary MB per chip"] <= 1.05 * alone["temporary MB per chip"]
 
 
+@pytest.mark.slow
 def test_resnet_memory(tmp_path):
     """ResNet-50, batch 256, bfloat16, on one H200: never above Flax's, and less by 30 % in the invertible mode."""
     rows = by_case(report("--targets", "h200-1", "--cases", "memory", tmp_path=tmp_path), "case")
