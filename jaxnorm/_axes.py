@@ -31,7 +31,9 @@ def fail(function: str, rule: str, got: dict[str, Any], error: type[Exception] =
 
 def warn(function: str, message: str) -> None:
     """Warn of ``message``, at the line of the caller that is neither in this package nor in JAX or Flax."""
-    inside = tuple(os.path.dirname(sys.modules[name].__file__ or "") for name in ("jaxnorm", "jax", "flax") if name in sys.modules)
+    inside = tuple(
+        os.path.dirname(sys.modules[name].__file__ or "") for name in ("jaxnorm", "jax", "flax") if name in sys.modules
+    )
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
@@ -162,7 +164,12 @@ def check_number(function: str, name: str, value: Any, low: float, high: float) 
     """Refuse what is no real number in ``[low, high]``; of one known only when compiled, what is no real scalar."""
     if isinstance(value, jax.Array | np.ndarray):
         if value.ndim != 0 or jnp.iscomplexobj(value):
-            fail(function, f"{name} must be one real number", {"shape": value.shape, "dtype": str(value.dtype)}, TypeError)
+            fail(
+                function,
+                f"{name} must be one real number",
+                {"shape": value.shape, "dtype": str(value.dtype)},
+                TypeError,
+            )
         if isinstance(value, Tracer):
             return
         value = value.item()

@@ -137,12 +137,23 @@ def batch_norm(
     if use_running_average:
         if not initializing:
             warn_if_never_updated(running)
-        y, _ = normalize_array(function, x, scale, bias, features=features, given=(running.mean, running.var), **settings)
+        y, _ = normalize_array(
+            function, x, scale, bias, features=features, given=(running.mean, running.var), **settings
+        )
         if update:
             batch = measure_array(function, x, axes, mask, *replicas, near=_axes.expand(running.mean, features, x.ndim))
     else:
         y, batch = normalize_array(
-            function, x, scale, bias, features=features, axes=axes, near=running.mean, mask=mask, **replicas._asdict(), **settings
+            function,
+            x,
+            scale,
+            bias,
+            features=features,
+            axes=axes,
+            near=running.mean,
+            mask=mask,
+            **replicas._asdict(),
+            **settings,
         )
     if batch is None:
         return y, None, None

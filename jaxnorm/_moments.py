@@ -12,8 +12,7 @@ with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +221,6 @@ class ChannelGroups(NamedTuple):
 
     def __call__(self, statistics: Statistics) -> Statistics:
         """The statistics of each group, given to all of its channels."""
-
         shape = statistics.var.shape
         grouped = (*shape[: self.axis], self.num_groups, shape[self.axis] // self.num_groups, *shape[self.axis + 1 :])
         merged = merge_along(Statistics(*(v.reshape(grouped) for v in statistics)), (self.axis + 1,))

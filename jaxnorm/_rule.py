@@ -87,9 +87,7 @@ def _statistics(how: How, read: Function, differentiated: bool, data, stored, we
     """Of the data, which ``read(*stored)`` gives: ``known``, or measured. Of the mean, ``offset`` is differentiated."""
     if known is not None:
         return known
-    return measure(
-        stored[0], weights, near, axes=how.axes, centered=how.centered, differentiated=differentiated
-    )
+    return measure(stored[0], weights, near, axes=how.axes, centered=how.centered, differentiated=differentiated)
 
 
 @partial(_statistics.defjvp, symbolic_zeros=True)
@@ -167,7 +165,9 @@ class Arguments(NamedTuple):
     of_inverse: tuple[jax.Array, ...] = ()
 
 
-def _standardize(how: How, a: Arguments, read: Function = _read, stored: Any = None, origin: Any = None, known: Any = None):
+def _standardize(
+    how: How, a: Arguments, read: Function = _read, stored: Any = None, origin: Any = None, known: Any = None
+):
     """The output; the statistics measured and used; and, for who inverts it, those of this array."""
     data = _read(a.x, None, a.residual)  # of this only the derivative is used, which is that of what is stored
     stored = (a.x, a.weights, a.residual) if stored is None else stored
@@ -188,7 +188,7 @@ def _invertible(how: How, a: Arguments):
 
 @_invertible.defjvp
 def _invertible_tangent(how, primals, tangents):
-    y, *rest = _invertible(how, *primals)
+    y, *rest = _standardize(how, *primals)
     y, (statistics, used, local) = _named(OUTPUT, y), map(_saved, rest)
 
     def recovered(y, a, used):

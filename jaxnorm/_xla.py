@@ -168,7 +168,7 @@ def _spread_tangent(how, primals, tangents):
             changed = (*arrays[place][:n], value, *arrays[place][n + 1 :])
             return how(how.read(*stored), *arrays[:place], changed, *arrays[place + 1 :])
 
-        return jax.jvp(of_one, (arrays[place][n],), (t,))[1].astype(wide)
+        return jax.jvp(of_one, (jnp.broadcast_to(arrays[place][n], t.shape),), (t,))[1].astype(wide)
 
     # Where several parts read the cotangent times a derivative that takes the data to compute, XLA would compute that
     # once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads. But
@@ -210,10 +210,9 @@ def _part(function: Function, dtype: Any, t: jax.Array, *rest: Any) -> jax.Array
             return outlined(function)(t, *rest)
         return joined(outlined(lambda *args: halves(function(*args)))(t, *rest))
 
-    default = recomputed(function)
-    if not one_cpu():
-        return default(t, *rest)
-    return lax.platform_dependent(t, *rest, cpu=on_cpu, default=default)
+    if one_cpu():
+        return recomputed(lambda *args: lax.platform_dependent(*args, cpu=on_cpu, default=function))(t, *rest)
+    return recomputed(function)(t, *rest)
 
 
 def halves(whole: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,5 @@
 """The five normalizations: each chooses axes and calls `standardize`, which checks its arguments and calls the rule."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +60,9 @@ def normalize_array(
         _axes.check_invertible_scale(function, scale)
     statistics = None
     if given is not None:
-        mean, var = (_axes.check_parameter(function, n, v, features, x) for n, v in zip(("mean", "var"), given, strict=True))
+        mean, var = (
+            _axes.check_parameter(function, n, v, features, x) for n, v in zip(("mean", "var"), given, strict=True)
+        )
         center = lax.stop_gradient(mean)
         statistics = Statistics(jnp.ones_like(var), center, mean - center, var)
     elif centered and (adjust is None or isinstance(adjust, ChannelGroups)):
