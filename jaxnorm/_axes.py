@@ -37,7 +37,7 @@ def warn(function: str, message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"{function}: {message}", stacklevel=level - 1)
+    warnings.warn(f"{function}: {message}", stacklevel=level)
 
 
 def as_array(function: str, name: str, value: Any) -> jax.Array:
@@ -49,7 +49,7 @@ def as_array(function: str, name: str, value: Any) -> jax.Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        got = {"type": type(value).__name__} | ({"dtype": str(value.dtype)} if hasattr(value, "dtype") else {})
+        got = {"type": type(value).__name__, "dtype": str(value.dtype)} if hasattr(value, "dtype") else {name: value}
         fail(function, f"{name} must be what jax can make an array of ({str(error).splitlines()[0]})", got, TypeError)
 
 
@@ -119,6 +119,16 @@ def check_parameter(function: str, name: str, value: Any, axes: tuple[int, ...],
     return expand(value.astype(dtype), axes, x.ndim)
 
 
+def check_statistic(function: str, name: str, value: Any, axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """A mean or variance that is given, as any parameter, but not optional; a variance is real."""
+    checked = check_parameter(function, name, value, axes, x)
+    if checked is None:
+        fail(function, f"{name} must be an array", {name: value}, TypeError)
+    if name == "var" and jnp.iscomplexobj(checked):
+        fail(function, "var must be real", {"dtype": str(checked.dtype)}, TypeError)
+    return checked
+
+
 def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
     """``mask`` with the rank of ``x``: boolean, or weights in the dtype of the statistics."""
     if mask is None:
@@ -153,11 +163,14 @@ def check_residual(function: str, residual: Any, x: jax.Array) -> jax.Array | No
     return residual
 
 
-def check_invertible_scale(function: str, scale: Any) -> None:
-    """Refuse a scale from which nothing can be recovered; one known only when compiled passes."""
-    if scale is not None and not isinstance(scale, Tracer) and not np.all(np.asarray(scale) != 0):
-        rule = "invertible needs a scale without zeros, from which the input can be recovered; start it at one"
-        fail(function, rule, {"zeros": int(np.sum(np.asarray(scale) == 0))})
+def check_invertible_scale(function: str, scale: Any, dtype: Any) -> None:
+    """Refuse a scale from which nothing can be recovered of what ``dtype`` holds; one that is traced passes."""
+    if scale is None or isinstance(scale, Tracer):
+        return
+    least, smallest = float(jnp.finfo(dtype).eps), float(np.min(np.abs(np.asarray(scale)), initial=np.inf))
+    if smallest <= least:
+        rule = f"invertible needs a scale above {least:.1e}, the rounding of the output: start it at one"
+        fail(function, rule, {"smallest": smallest})
 
 
 def check_number(function: str, name: str, value: Any, low: float, high: float) -> None:

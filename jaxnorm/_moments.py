@@ -10,8 +10,8 @@ with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing
 """
 
 import math
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -112,6 +112,7 @@ def sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return lax.slice(x, starts, x.shape, strides) if free else x
 
 
+@partial(jax.jit, static_argnames=("axes", "centered", "differentiated", "conditional"), inline=True)
 def measure(
     x: jax.Array,
     weights: jax.Array | None,
@@ -120,16 +121,18 @@ def measure(
     axes: tuple[int, ...],
     centered: bool,
     differentiated: bool,
+    conditional: bool,
 ) -> Statistics:
     """The statistics of one array over ``axes``, in as few passes over it as the platform allows.
 
-    Sums about a point K lose a factor of about ``1 + (mean - K)^2 / var`` roundings to cancellation. As K serves the
-    mean of a `sample`: if it is a fraction f of the data, ``(mean - K)^2 <= var / f`` for any data. What is known before
-    the data is costs less: on a TPU, the sums are then computed by the convolution that the data comes from.
+    Sums about a point K lose a factor of about ``1 + (mean - K)^2 / var`` roundings to cancellation. The mean of a
+    `sample` serves as K: if it is a fraction f of the data, ``(mean - K)^2 <= var / f`` for any data. What is known
+    before the data is costs less: on a TPU, the sums are then computed by the convolution that the data comes from.
 
-    - A CPU tries zero first, takes what it finds if the bound of `NEAR` holds, and measures again if not.
-    - Chips take ``near``, a point that is known, or zero, for bfloat16 data. The rounding of the data to eight bits
-      alone changes the variance by up to ``2^-19 (mean / std)^2`` of it, and sums in float32 about zero by less.
+    - A CPU tries zero first, takes what it finds if the bound of `NEAR` holds, and measures again if not; except where
+      nobody differentiates and nothing may be ``conditional``.
+    - Chips take ``near``, a point that is known, or zero, for bfloat16 data. Rounding to eight bits has changed its
+      variance by ``2^-19 (mean / std)^2`` already, and sums in float32 about zero change it by less.
     - Rows that lie in one piece and that nobody differentiates can be held by a kernel of a GPU or a CPU, read again,
       and normalized too. So K is the mean there, and so it is with weights, by which a sample could be empty.
     """
@@ -182,9 +185,8 @@ def measure(
     on_chip = about_known if x.dtype == jnp.bfloat16 else about_sample
     if rows:
         return by_platform(x, differentiated=False, tpu=on_chip, default=about_mean)
-    conditional = differentiated or "jax.experimental.jet" not in sys.modules  # which knows of none
     large = all(isinstance(size, int) for size in x.shape) and x.size >= LARGE
-    on_cpu = about_zero_first if large and conditional else about_sample
+    on_cpu = about_zero_first if large and (differentiated or conditional) else about_sample
     return by_platform(x, differentiated=differentiated, cpu=on_cpu, default=on_chip)
 
 

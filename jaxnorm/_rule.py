@@ -14,7 +14,6 @@ What the derivative needs of the data it reads again from what is stored: the in
 output (Rota Bulo et al., "In-Place Activated BatchNorm", 2018). That is all in which this mode differs.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,16 +42,18 @@ class How(NamedTuple):
       adjust: what becomes of them before they are used, or None.
       activation: applied last.
       inverse: of the activation, where the input is to be recovered from the output for the backward pass; or None.
-      dtype: of the output; None for that of the input.
+      dtype: of the output.
+      conditional: False for ``jax.experimental.jet``, which knows of no conditional.
     """
 
     axes: tuple[int, ...] = ()
     centered: bool = True
     replicas: Replicas = Replicas()
-    adjust: Callable[..., Statistics] | None = None
+    adjust: Function | None = None
     activation: Function = identity
     inverse: Function | None = None
     dtype: Any = None
+    conditional: bool = True
 
 
 def _named(name: str, value: jax.Array) -> jax.Array:
@@ -65,7 +66,7 @@ _saved = partial(jax.tree.map, partial(_named, STATISTICS))
 
 
 def _read(x: jax.Array, weights: jax.Array | None, residual: jax.Array | None) -> tuple[Any, Any]:
-    """The data in the dtype of the arithmetic; what is masked out may hold anything, so NaN and inf there become zero."""
+    """The data in the dtype of the arithmetic, zero where it is masked out and not finite."""
     x = x.astype(statistics_dtype(x.dtype))
     x = x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
     return x, None if residual is None else residual.astype(x.dtype)
@@ -87,7 +88,8 @@ def _statistics(how: How, read: Function, differentiated: bool, data, stored, we
     """Of the data, which ``read(*stored)`` gives: ``known``, or measured. Of the mean, ``offset`` is differentiated."""
     if known is not None:
         return known
-    return measure(stored[0], weights, near, axes=how.axes, centered=how.centered, differentiated=differentiated)
+    settings = {"axes": how.axes, "centered": how.centered, "conditional": how.conditional}
+    return measure(stored[0], weights, near, differentiated=differentiated, **settings)
 
 
 @partial(_statistics.defjvp, symbolic_zeros=True)
@@ -171,8 +173,9 @@ def _standardize(
     """The output; the statistics measured and used; and, for who inverts it, those of this array."""
     data = _read(a.x, None, a.residual)  # of this only the derivative is used, which is that of what is stored
     stored = (a.x, a.weights, a.residual) if stored is None else stored
-    local = statistics = used = a.given
-    if used is None:
+    local: Any = a.given
+    statistics = used = local
+    if local is None:
         local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known)
         used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
     relative = used if origin is None else _relative(used, origin)
@@ -232,7 +235,7 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
     if how.inverse is not None and not stateless:
         inverse, of_inverse = hoist(how.inverse, data[0])
         how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
-    if how.inverse is not None and not own:
+    if how.inverse is not None and how.adjust is not None and not own:
         _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, a.near, None, None)
         adjust, of_adjust = hoist(how.adjust, statistics)
         how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)

@@ -1,8 +1,8 @@
 """What has to be said to XLA so that it computes what is meant, in as few passes as it can.
 
-Nothing here changes a value, but for rounding; a reader of the mathematics may skip it. The rest of the package uses
-`spread` for what turns a few numbers a feature into a map of the data, `total` for sums over the data, and `by_platform`
-for what is worth doing on some chips only.
+Nothing here changes a value, but for rounding; a reader of the mathematics may skip it. The rest of the package says
+`spread` of a few numbers a feature that become a map of the data, `total` of a sum over the data, and `by_platform` of
+what is worth doing on some chips only.
 """
 
 import math

@@ -1,5 +1,6 @@
 """The five normalizations: each chooses axes and calls `standardize`, which checks its arguments and calls the rule."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,13 +56,14 @@ def normalize_array(
         activation=check_activation(function, activation),
         inverse=inverse_of(function, activation) if invertible else None,
         dtype=x.dtype if dtype is None else jnp.dtype(dtype),
+        conditional=_conditional(),
     )
     if invertible:
-        _axes.check_invertible_scale(function, scale)
+        _axes.check_invertible_scale(function, scale, how.dtype)
     statistics = None
     if given is not None:
         mean, var = (
-            _axes.check_parameter(function, n, v, features, x) for n, v in zip(("mean", "var"), given, strict=True)
+            _axes.check_statistic(function, n, v, features, x) for n, v in zip(("mean", "var"), given, strict=True)
         )
         center = lax.stop_gradient(mean)
         statistics = Statistics(jnp.ones_like(var), center, mean - center, var)
@@ -124,8 +126,8 @@ def standardize(
       residual: array of the shape of ``x``, added before the activation.
       invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
         For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
-        exact as the dtype of ``y`` allows: an error of one rounding of ``y`` is divided by the scale. A scale of zero
-        is refused where its value is known; where it is traced, gradients of that feature are NaN.
+        exact as the dtype of ``y`` allows: a rounding of ``y`` is divided by the scale. A scale that leaves nothing to
+        recover is refused where its value is known; where it is traced and zero, gradients of that feature are NaN.
 
     Returns:
       ``(y, moments)``: ``y`` in the shape and dtype of ``x``, and the `Moments` over ``axes`` before they were
@@ -598,8 +600,13 @@ def measure_array(
     near: jax.Array | None = None,
 ) -> Moments:
     """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""
-    how = _rule.How(axes, replicas=Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups)))
+    replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
+    how = _rule.How(axes, replicas=replicas, conditional=_conditional())
     return _rule.moments(how, x, _axes.check_mask(function, mask, x), near)
+
+
+def _conditional() -> bool:
+    return "jax.experimental.jet" not in sys.modules
 
 
 def _near(function: str, near: Array | None, features: tuple[int, ...], x: jax.Array) -> jax.Array | None:

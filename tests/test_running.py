@@ -179,3 +179,39 @@ def test_dtypes_and_shapes(dtype):
     new = jaxnorm.update_running(running, jaxnorm.batch_norm(x, axis=(1, 2))[1])
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), running)
     assert isinstance(jaxnorm.moments(x, 0), Moments)
+
+
+def test_traced_alpha_is_one_number(rng):
+    batch, running = jaxnorm.moments(batches(rng, [16])[0], 0), jaxnorm.init_running(4)
+    with pytest.raises(TypeError, match=r"^update_running: alpha must be one real number; got .*\(4,\)"):
+        jax.jit(lambda alpha: jaxnorm.update_running(running, batch, alpha=alpha))(jnp.full(4, 0.1))
+
+
+def test_types_stay_whatever_the_batch(rng, x64):
+    """A batch in float64 changes no dtype of averages in float32: a scan carries them."""
+    x = rng.standard_normal((5, 16, 4))
+    old = jaxnorm.init_running(4)
+    new, _ = jax.lax.scan(lambda r, x: (jaxnorm.update_running(r, jaxnorm.moments(x, 0)), None), old, x)
+    assert [n.dtype for n in new] == [o.dtype for o in old] == [jnp.float32] * 3
+
+
+@pytest.mark.parametrize("alpha", [0.25, None])
+def test_complex_batch(rng, alpha):
+    """The mean becomes complex, the variance stays real."""
+    x = (rng.standard_normal((16, 4)) + 1j * rng.standard_normal((16, 4))).astype(np.complex64)
+    new = jaxnorm.update_running(jaxnorm.init_running(4), jaxnorm.moments(x, 0), alpha=alpha)
+    assert_close(new.mean.real, x.mean(0).real * (alpha or 1), 16)
+    assert_close(new.mean.imag, x.mean(0).imag * (alpha or 1), 16)
+    assert new.var.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, None])
+def test_an_average_that_is_not_finite_is_begun_anew(rng, alpha):
+    batch = jaxnorm.moments(batches(rng, [16])[0], 0)
+    old = jaxnorm.init_running(4)
+    poisoned = old._replace(mean=old.mean.at[1].set(jnp.nan), var=old.var.at[2].set(jnp.inf))
+    new, expected = (jaxnorm.update_running(r, batch, alpha=alpha) for r in (poisoned, old))
+    np.testing.assert_array_equal(new.mean[1], batch.mean[1])
+    np.testing.assert_array_equal(new.var[2], batch.var[2])
+    for n, e in zip(new, expected, strict=True):
+        np.testing.assert_array_equal(n[3], e[3])
