@@ -1,0 +1,234 @@
+"""Networks in which a normalization is used, to be compiled: the same one for each library, a training step each.
+
+A network is a function ``contender -> Program``. A contender is how each normalization of the network is written:
+
+- ``flax``: Flax's layer, then the residual is added, then the activation applied.
+- ``drop-in``: the same line for line, with our layer in the place of Flax's.
+- ``inside``: our layer, which is told the activation and the residual.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxnorm
+from jaxnorm import training
+from jaxnorm.training import _models
+
+CONTENDERS = ("flax", "drop-in", "inside")
+POLICY = jax.checkpoint_policies.save_only_these_names("jaxnorm_stats")
+CHECKPOINTS = {"": lambda f: f, "checkpoint": jax.checkpoint, "policy": lambda f: jax.checkpoint(f, policy=POLICY)}
+"""What surrounds a block: nothing, a checkpoint, or one that saves the statistics."""
+
+ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu, "silu": nn.silu, "gelu": nn.gelu}
+IMAGES, TOKENS = (128, 56, 56, 64), (8, 512, 1024)
+
+
+class Program(NamedTuple):
+    """Something to compile.
+
+    Attributes:
+      function: what is compiled.
+      arguments: their shapes.
+      unit: bytes, of the activations say, of which its traffic and temporaries are counted.
+      norms: how many normalizations it has.
+      donated: the arguments that its results may overwrite.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    unit: float
+    norms: int
+    donated: tuple[int, ...] = ()
+
+
+class Norm(nn.Module):
+    """A normalization, residual and activation, as a contender writes them."""
+
+    contender: str
+    kind: str
+    activation: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """Normalized with the statistics of ``x``."""
+        inside = {"activation": self.activation} if self.contender == "inside" else {}
+        library = nn if self.contender == "flax" else jaxnorm.linen
+        layer = {
+            "batch": lambda: library.BatchNorm(use_running_average=False, dtype=self.dtype, **inside),
+            "layer": lambda: library.LayerNorm(dtype=self.dtype, **inside),
+            "rms": lambda: library.RMSNorm(dtype=self.dtype, **inside),
+        }[self.kind]()
+        if inside:
+            return layer(x, residual=residual)
+        x = layer(x)
+        x = x if residual is None else x + residual
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+
+def size(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> float:
+    """Bytes of an array."""
+    return float(math.prod(shape) * jnp.dtype(dtype).itemsize)
+
+
+def images(examples: int = IMAGES[0]) -> jax.ShapeDtypeStruct:
+    """Activations of the first stage of a ResNet."""
+    return jax.ShapeDtypeStruct((examples, *IMAGES[1:]), jnp.bfloat16)
+
+
+def one_norm(activation: str | None, residual: bool, contender: str) -> Program:
+    """A batch normalization, whose cotangent waits for its output; of images that do not fit a chip's own memory."""
+    x, norm = images(512), Norm(contender, "batch", activation, jnp.bfloat16)
+    extra = (x,) if residual else ()
+
+    def step(variables, x, dy, *extra):
+        stats = variables["batch_stats"]
+
+        def apply(params, x, *extra):
+            return norm.apply({"params": params, "batch_stats": stats}, x, *extra, mutable=["batch_stats"])
+
+        y, pullback, new = jax.vjp(apply, variables["params"], x, *extra, has_aux=True)
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, pullback(dy), new
+
+    variables = jax.eval_shape(norm.init, jax.random.key(0), x)
+    return Program(step, (variables, x, x, *extra), size(x.shape), 1)
+
+
+def _conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def _loss_of(block: Callable[[jax.Array, Any], jax.Array], scan: bool) -> Callable[..., jax.Array]:
+    """The loss of blocks one after the other, whose parameters are stacked."""
+
+    def loss(parameters, x):
+        if scan:
+            x, _ = jax.lax.scan(lambda x, p: (block(x, p), None), x, parameters)
+        else:
+            for i in range(len(jax.tree.leaves(parameters)[0])):
+                x = block(x, jax.tree.map(lambda a, i=i: a[i], parameters))
+        return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+    return loss
+
+
+def _stack(block: Any, one: Any, x: jax.ShapeDtypeStruct, layers: int, scan: bool, norms: int) -> Program:
+    parameters = jax.tree.map(lambda a: jax.ShapeDtypeStruct((layers, *a.shape), a.dtype), one)
+    return Program(jax.grad(_loss_of(block, scan)), (parameters, x), layers * size(x.shape), layers * norms)
+
+
+def conv_stack(
+    layers: int, scan: bool, norm_first: bool, checkpoint: str, contender: str, examples: int = IMAGES[0]
+) -> Program:
+    """Blocks of convolution, norm and activation, or of norm, activation and convolution."""
+    x, norm = images(examples), Norm(contender, "batch", "relu", jnp.bfloat16)
+
+    def block(x, parameters):
+        kernel, variables = parameters
+        x = x if norm_first else _conv(x, kernel)
+        x, _ = norm.apply(variables, x, mutable=["batch_stats"])
+        return _conv(x, kernel) if norm_first else x
+
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], x.shape[-1]), jnp.float32)
+    variables = jax.eval_shape(norm.init, jax.random.key(0), x)
+    return _stack(CHECKPOINTS[checkpoint](block), (kernel, variables), x, layers, scan, 1)
+
+
+def residual_stack(layers: int, activation: str, contender: str) -> Program:
+    """Basic blocks of a ResNet: twice convolution and norm, added to their input before the second activation."""
+    x, norm = images(), Norm(contender, "batch", activation, jnp.bfloat16)
+
+    def block(x, parameters):
+        y, shortcut = x, x
+        for i, residual in enumerate((None, shortcut)):
+            kernel, variables = parameters[i]
+            y, _ = norm.apply(variables, _conv(y, kernel), residual, mutable=["batch_stats"])
+        return y
+
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], x.shape[-1]), jnp.float32)
+    variables = jax.eval_shape(norm.init, jax.random.key(0), x)
+    return _stack(block, [(kernel, variables)] * 2, x, layers, False, 2)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a perceptron, each normalized before and added after."""
+
+    contender: str
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Of the shape of ``x``."""
+        dtype, width = x.dtype, x.shape[-1]
+
+        def norm():
+            return Norm(self.contender, self.kind, None, dtype)
+
+        x = x + nn.MultiHeadDotProductAttention(16, dtype=dtype, use_bias=False)(norm()(x))
+        y = nn.Dense(4 * width, dtype=dtype, use_bias=False)(norm()(x))
+        return x + nn.Dense(width, dtype=dtype, use_bias=False)(nn.gelu(y))
+
+
+def transformer(layers: int, kind: str, contender: str) -> Program:
+    """Blocks of a transformer."""
+    x, block = jax.ShapeDtypeStruct(TOKENS, jnp.bfloat16), TransformerBlock(contender, kind)
+    one = jax.eval_shape(block.init, jax.random.key(0), x)
+    return _stack(lambda x, variables: block.apply(variables, x), one, x, layers, False, 2)
+
+
+class ResNetNorm(_models.Norm):
+    """The normalization of the networks of `jaxnorm.training`, as Flax or as a drop-in."""
+
+    contender = "flax"
+
+    @nn.compact
+    def __call__(self, x, train, mask, residual=None):
+        """Batch norm, residual and activation, one after the other."""
+        return Norm(self.contender, "batch", self.activation, self.dtype)(x, residual)
+
+
+class ResNetDropIn(ResNetNorm):
+    """The same with our layer."""
+
+    contender = "drop-in"
+
+
+RESNET_NORMS = {"flax": ResNetNorm, "drop-in": ResNetDropIn, "inside": _models.Norm}
+
+
+def resnet(name: str, activation: str, examples: int, pixels: int, contender: str, invertible: bool = False) -> Program:
+    """A training step with momentum; bytes and temporaries in MB."""
+    model = training.make_model(name, num_classes=1000, dtype=jnp.bfloat16, activation=activation, invertible=invertible)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def patched(function):
+        with mock.patch.object(_models, "Norm", RESNET_NORMS[contender]):
+            return function()
+
+    def step(variables, momentum, x, labels):
+        params, stats = variables["params"], variables["batch_stats"]
+
+        def loss(params):
+            given = {"params": params, "batch_stats": stats}
+            logits, new = patched(lambda: model.apply(given, x, train=True, mutable=["batch_stats"]))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, momentum = optimizer.update(grads, momentum, params)
+        return {"params": optax.apply_updates(params, updates), **new}, momentum, value
+
+    x = jax.ShapeDtypeStruct((examples, pixels, pixels, 3), jnp.bfloat16)
+    variables = patched(lambda: jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=True), x))
+    momentum = jax.eval_shape(optimizer.init, variables["params"])
+    norms = len(jax.tree.leaves(variables["batch_stats"])) // 2
+    labels = jax.ShapeDtypeStruct((examples,), jnp.int32)
+    return Program(step, (variables, momentum, x, labels), 1e6, norms, (0, 1))
