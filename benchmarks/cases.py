@@ -148,7 +148,10 @@ def forward(apply: Callable) -> Callable:
 
 
 def step(apply: Callable) -> Callable:
-    """``parameters, x, dy -> y, gradients``, and whatever else the layer returns."""
+    """``parameters, x, dy -> y, gradients``, and whatever else the layer returns.
+
+    The cotangent waits for the output, as in any network: without, forward and backward pass read ``x`` together.
+    """
 
     def run(parameters, x, dy):
         def values(parameters, x):
@@ -159,6 +162,7 @@ def step(apply: Callable) -> Callable:
         trained = {k: v for k, v in parameters.items() if k not in frozen} if frozen else parameters
         with_frozen = (lambda p, x: values({**p, **frozen}, x)) if frozen else values
         y, pullback, rest = jax.vjp(with_frozen, trained, x, has_aux=True)
+        y, dy = jax.lax.optimization_barrier((y, dy))
         return y, pullback(dy), rest
 
     return run
