@@ -1,43 +1,43 @@
 """Compile named cases for chips that need not be there, ours and Flax's side by side, and count what they cost.
 
     python benchmarks/compile_report.py                      # every case, for every chip whose compiler is installed
-    python benchmarks/compile_report.py --targets h200-1 --cases stack
+    python benchmarks/compile_report.py --targets h200-1 --cases stacks
 
-``norms``: the five normalizations, forward and step. ``stack``: eight blocks of convolution, batch norm and activation,
-unrolled and under ``lax.scan``, and the gradient of a loss. ``resnet``: a training step of ResNet-50 on 224x224 images,
-bfloat16, on both roads of `jaxnorm.training`, with collectives. ``memory``: temporaries of ResNet-50, batch 256.
+``norms``: the five normalizations, forward and step. Training steps of `networks`, by contender: ``epilogues``, one
+norm with activation and residual; ``stacks`` of convolutions; ``blocks``, residual and of transformers; ``resnet``:
+ResNet-50; ``small``: what the tests compile. ``replicas``: ResNet-50 on many chips, on both roads of
+`jaxnorm.training`, with its collectives.
 
-Bytes moved and temporaries are in units of the activation: its size on one chip. Deterministic for a given compiler;
-results go to results/compiled-<chip>.json.
+Bytes moved and temporaries are in units of the activations, their size on one chip, of all layers; of a ResNet in MB.
+Deterministic for a given compiler; results go to results/compiled-<chip>.json.
 """
 
 import argparse
 import json
 import math
 import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import cases
 import hlo
 import jax
 import jax.numpy as jnp
+import networks
 import targets
-from flax import linen as nn
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-import jaxnorm
 from jaxnorm import training
-from jaxnorm.training import _models, _steps
+from jaxnorm.training import _steps
 
 IMAGES, ROWS = (128, 56, 56, 64), (32768, 4096)
-LAYERS = 8
 
 
 def costs(compiled: Any, activation: float) -> dict[str, Any]:
@@ -78,52 +78,30 @@ def norms(target: str):
                 yield row
 
 
-def _block(name: str, norm_first: bool):
-    def normalized(x, scale, bias):
-        if name == "flax":
-            layer, stats = nn.BatchNorm(use_running_average=False, dtype=x.dtype), jnp.zeros(x.shape[-1])
-            variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": stats, "var": stats + 1}}
-            return jax.nn.relu(layer.apply(variables, x, mutable=["batch_stats"])[0])
-        invertible = name.endswith("invertible")
-        activation = "leaky_relu" if invertible else "relu"
-        return jaxnorm.batch_norm(x, scale, bias, activation=activation, invertible=invertible)[0]
-
-    def convolved(x, kernel):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=numbers)
-
-    def block(x, parameters):
-        kernel, scale, bias = parameters
-        if norm_first:
-            return convolved(normalized(x, scale, bias), kernel)
-        return normalized(convolved(x, kernel), scale, bias)
-
-    return block
-
-
-def stack(target: str):
-    """Eight blocks: what is kept for the backward pass, a layer."""
-    mesh, channels = targets.mesh_of(target), IMAGES[-1]
-    parameters = (
-        shaped((LAYERS, 3, 3, channels, channels), jnp.float32, mesh),
-        shaped((LAYERS, channels), jnp.float32, mesh),
-        shaped((LAYERS, channels), jnp.float32, mesh),
-    )
-    x = shaped(IMAGES, jnp.bfloat16, mesh, "data")
-    for how in ("scan", "unrolled", "scan, norm first"):
-        for name in ("flax", "jaxnorm", "jaxnorm invertible"):
-            block = _block(name, how.endswith("norm first"))
-
-            def loss(parameters, x, how=how, block=block):
-                if how == "unrolled":
-                    for i in range(LAYERS):
-                        x = block(x, jax.tree.map(lambda a, i=i: a[i], parameters))
-                else:
-                    x, _ = lax.scan(lambda x, p: (block(x, p), None), x, parameters)
-                return jnp.sum(jnp.square(x.astype(jnp.float32)))
-
-            compiled = jax.jit(jax.grad(loss)).lower(parameters, x).compile()
-            yield {"case": f"{how}, {name}", **costs(compiled, LAYERS * size(IMAGES, jnp.bfloat16, mesh))}
+def networks_of(cases_of: Callable[[], Iterator[networks.Case]], target: str):
+    """Networks: bytes, kernels and temporaries of each contender, and in proportion to its rival."""
+    sharding = NamedSharding(targets.mesh_of(target), P())
+    for case, network, contenders in cases_of():
+        counted: dict[str, dict[str, Any]] = {}
+        for contender in contenders:
+            program = network(contender)
+            arguments = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), program.arguments
+            )
+            function, start = jax.jit(program.function, donate_argnums=program.donated), time.perf_counter()
+            row = costs(function.lower(*arguments).compile(), program.unit)
+            seconds, rival = time.perf_counter() - start, counted.get(networks.rival(contender), row)
+            counted[contender] = row
+            yield {
+                "case": case,
+                "contender": contender,
+                **{k: row[k] for k in ("bytes", "kernels", "temporaries")},
+                "bytes / Flax": round(row["bytes"] / rival["bytes"], 3),
+                "kernels more a norm": round((row["kernels"] - rival["kernels"]) / program.norms, 2),
+                "temporaries more": round(row["temporaries"] - rival["temporaries"], 3),
+                "norms": program.norms,
+            }
+            print(f"{target}: {case}, {contender}: {seconds:.0f} s", file=sys.stderr)
 
 
 def resnet_step(target: str, road: str, per_chip: int) -> tuple[Any, int, int]:
@@ -144,7 +122,7 @@ def resnet_step(target: str, road: str, per_chip: int) -> tuple[Any, int, int]:
     return compiled, len(jax.tree.leaves(state.batch_stats)) // 2, len(jax.tree.leaves(state.params))
 
 
-def resnet(target: str, per_chip: int = 32):
+def replicas(target: str, per_chip: int = 32):
     """ResNet-50 on the training program's two roads."""
     for road in _steps.ROADS:
         compiled, layers, arrays = resnet_step(target, road, per_chip)
@@ -153,48 +131,21 @@ def resnet(target: str, per_chip: int = 32):
         yield row | {"temporary MB per chip": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)}
 
 
-class FlaxNorm(_models.Norm):
-    """The normalization of the networks with Flax's layer in place of ours."""
-
-    @nn.compact
-    def __call__(self, x, train, mask, residual=None):
-        """Batch norm, residual and activation, one after the other."""
-        x = nn.BatchNorm(not train, momentum=self.momentum, dtype=self.dtype)(x)
-        x = x if residual is None else x + residual
-        return x if self.activation is None else _models.ACTIVATIONS[self.activation](x)
-
-
-def memory(target: str, examples: int = 256):
-    """Gradients of ResNet-50 on 224x224 images: temporaries by activation and mode, beside Flax's batch norm."""
-    mesh = targets.mesh_of(target)
-    for activation in ("relu", "leaky_relu"):
-        for name in ("flax", "jaxnorm", "jaxnorm invertible"):
-            if (activation, name) == ("relu", "jaxnorm invertible"):
-                continue
-            settings = {"activation": activation, "invertible": name.endswith("invertible")}
-            model = training.make_model("resnet50", num_classes=1000, dtype=jnp.bfloat16, **settings)
-            with mock.patch.object(_models, "Norm", FlaxNorm if name == "flax" else _models.Norm):
-                images = shaped((examples, 224, 224, 3), jnp.bfloat16, mesh, "data")
-                variables = jax.eval_shape(
-                    lambda m=model: m.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False)
-                )
-                variables = jax.tree.map(lambda a: shaped(a.shape, a.dtype, mesh), variables)
-
-                def loss(params, stats, x, model=model):
-                    y, new = model.apply(
-                        {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
-                    )
-                    return jnp.mean(jax.nn.logsumexp(y, -1)), new
-
-                grad = jax.jit(jax.grad(loss, has_aux=True))
-                compiled = grad.lower(variables["params"], variables["batch_stats"], images).compile()
-            temporary = round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)
-            yield {"case": f"ResNet-50, {activation}, {name}", "examples": examples, "temporary MB": temporary}
-
-
-CASES = {"norms": norms, "stack": stack, "memory": memory, "resnet": resnet}
-BY_DEFAULT = {"cpu": ("norms",), "tpu-v5e-1": ("norms", "stack"), "h200-1": ("norms", "stack", "memory", "resnet")}
-"""What is compiled by default: for several chips, ResNet-50 alone."""
+NETWORKS = {
+    "small": networks.small,
+    "epilogues": networks.epilogues,
+    "stacks": networks.conv_stacks,
+    "blocks": networks.other_stacks,
+}
+CASES = {
+    "norms": norms,
+    **{name: partial(networks_of, cases_of) for name, cases_of in NETWORKS.items()},
+    "resnet": lambda target: networks_of(partial(networks.resnets, target), target),
+    "replicas": replicas,
+}
+ALONE = ("norms", "epilogues", "stacks", "blocks", "resnet")
+BY_DEFAULT = {"cpu": ("norms",), "tpu-v5e-1": ALONE, "h200-1": (*ALONE, "replicas")}
+"""What is compiled by default: for several chips, their collectives alone."""
 
 
 def flat(row: dict[str, Any]) -> dict[str, str]:
@@ -232,7 +183,7 @@ def main() -> None:
     by_chip: dict[str, list[dict[str, Any]]] = {}
     for target in chosen:
         rows = by_chip.setdefault(target.rpartition("-")[0] or target, [])
-        for case in settings.cases or BY_DEFAULT.get(target, ("resnet",)):
+        for case in settings.cases or BY_DEFAULT.get(target, ("replicas",)):
             try:
                 found = [{"target": target, **row} for row in CASES[case](target)]
             except targets.NotInstalledError as error:
@@ -240,8 +191,9 @@ def main() -> None:
             show(f"{case} for {target}", found)
             rows += found
     for chip, rows in by_chip.items():
-        text = json.dumps({"versions": versions, "rows": rows}, indent=1)
-        (settings.out / f"compiled-{chip}.json").write_text(text + "\n")
+        lines = ",\n".join(map(json.dumps, rows))
+        text = f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n'
+        (settings.out / f"compiled-{chip}.json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ A network is a function ``contender -> Program``. A contender is how each normal
 - ``flax``: Flax's layer, then the residual is added, then the activation applied.
 - ``drop-in``: the same line for line, with our layer in the place of Flax's.
 - ``inside``: our layer, which is told the activation and the residual.
+- ``invertible``: the same, and the output is kept in place of the input; with leaky ReLU only.
+
+Of stacks, a contender may be followed by what is around a block: a ``checkpoint``, or one whose ``policy`` saves the
+statistics.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,10 +26,10 @@ import jaxnorm
 from jaxnorm import training
 from jaxnorm.training import _models
 
-CONTENDERS = ("flax", "drop-in", "inside")
+PLAIN = ("flax", "drop-in", "inside")
+CHECKPOINTED = ("flax, checkpoint", "inside, checkpoint", "inside, policy")
 POLICY = jax.checkpoint_policies.save_only_these_names("jaxnorm_stats")
-CHECKPOINTS = {"": lambda f: f, "checkpoint": jax.checkpoint, "policy": lambda f: jax.checkpoint(f, policy=POLICY)}
-"""What surrounds a block: nothing, a checkpoint, or one that saves the statistics."""
+AROUND = {"": lambda f: f, "checkpoint": jax.checkpoint, "policy": partial(jax.checkpoint, policy=POLICY)}
 
 ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu, "silu": nn.silu, "gelu": nn.gelu}
 IMAGES, TOKENS = (128, 56, 56, 64), (8, 512, 1024)
@@ -59,13 +64,15 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
         """Normalized with the statistics of ``x``."""
-        inside = {"activation": self.activation} if self.contender == "inside" else {}
+        inside = {"activation": self.activation} if self.contender in ("inside", "invertible") else {}
         library = nn if self.contender == "flax" else jaxnorm.linen
         layer = {
             "batch": lambda: library.BatchNorm(use_running_average=False, dtype=self.dtype, **inside),
             "layer": lambda: library.LayerNorm(dtype=self.dtype, **inside),
             "rms": lambda: library.RMSNorm(dtype=self.dtype, **inside),
         }[self.kind]()
+        if self.contender == "invertible":
+            layer = layer.copy(invertible=True)
         if inside:
             return layer(x, residual=residual)
         x = layer(x)
@@ -127,10 +134,11 @@ def _stack(block: Any, one: Any, x: jax.ShapeDtypeStruct, layers: int, scan: boo
 
 
 def conv_stack(
-    layers: int, scan: bool, norm_first: bool, checkpoint: str, contender: str, examples: int = IMAGES[0]
+    layers: int, scan: bool, norm_first: bool, activation: str, contender: str, examples: int = IMAGES[0]
 ) -> Program:
     """Blocks of convolution, norm and activation, or of norm, activation and convolution."""
-    x, norm = images(examples), Norm(contender, "batch", "relu", jnp.bfloat16)
+    contender, _, around = contender.partition(", ")
+    x, norm = images(examples), Norm(contender, "batch", activation, jnp.bfloat16)
 
     def block(x, parameters):
         kernel, variables = parameters
@@ -140,7 +148,7 @@ def conv_stack(
 
     kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], x.shape[-1]), jnp.float32)
     variables = jax.eval_shape(norm.init, jax.random.key(0), x)
-    return _stack(CHECKPOINTS[checkpoint](block), (kernel, variables), x, layers, scan, 1)
+    return _stack(AROUND[around](block), (kernel, variables), x, layers, scan, 1)
 
 
 def residual_stack(layers: int, activation: str, contender: str) -> Program:
@@ -202,12 +210,13 @@ class ResNetDropIn(ResNetNorm):
     contender = "drop-in"
 
 
-RESNET_NORMS = {"flax": ResNetNorm, "drop-in": ResNetDropIn, "inside": _models.Norm}
+RESNET_NORMS = {"flax": ResNetNorm, "drop-in": ResNetDropIn, "inside": _models.Norm, "invertible": _models.Norm}
 
 
-def resnet(name: str, activation: str, examples: int, pixels: int, contender: str, invertible: bool = False) -> Program:
+def resnet(name: str, activation: str, examples: int, pixels: int, contender: str) -> Program:
     """A training step with momentum; bytes and temporaries in MB."""
-    model = training.make_model(name, num_classes=1000, dtype=jnp.bfloat16, activation=activation, invertible=invertible)
+    settings = {"activation": activation, "invertible": contender == "invertible"}
+    model = training.make_model(name, num_classes=1000, dtype=jnp.bfloat16, **settings)
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     def patched(function):
@@ -232,3 +241,58 @@ def resnet(name: str, activation: str, examples: int, pixels: int, contender: st
     norms = len(jax.tree.leaves(variables["batch_stats"])) // 2
     labels = jax.ShapeDtypeStruct((examples,), jnp.int32)
     return Program(step, (variables, momentum, x, labels), 1e6, norms, (0, 1))
+
+
+Case = tuple[str, Callable[[str], Program], tuple[str, ...]]
+"""Its name, the network, and who is compared."""
+
+
+def epilogues() -> Iterator[Case]:
+    """One norm, and what may follow it."""
+    for residual in (False, True):
+        for activation in (None, "relu", "leaky_relu", "silu", "gelu"):
+            contenders = PLAIN if activation or residual else PLAIN[:2]
+            named = ", ".join(filter(None, ("norm", "residual" if residual else "", activation)))
+            yield named, partial(one_norm, activation, residual), contenders
+
+
+def conv_stacks(lengths: tuple[int, ...] = (4, 8)) -> Iterator[Case]:
+    """Convolutions and norms, unrolled and in a loop, in either order."""
+    for layers in lengths:
+        for scan in (False, True):
+            for norm_first in (False, True):
+                how, order = "scan" if scan else "unrolled", "norm, act, conv" if norm_first else "conv, norm, act"
+                name = f"{layers} x ({order}), {how}"
+                contenders = PLAIN + CHECKPOINTED * norm_first  # in the other order, a convolution is computed again
+                yield f"{name}, relu", partial(conv_stack, layers, scan, norm_first, "relu"), contenders
+                invertible = ("flax", "inside", "invertible")
+                yield f"{name}, leaky_relu", partial(conv_stack, layers, scan, norm_first, "leaky_relu"), invertible
+
+
+def other_stacks() -> Iterator[Case]:
+    """Residual blocks, and blocks of a transformer."""
+    for activation in ("relu", "silu"):
+        yield f"4 x residual block, {activation}", partial(residual_stack, 4, activation), PLAIN
+    for kind in ("layer", "rms"):
+        yield f"2 x transformer block, {kind}", partial(transformer, 2, kind), PLAIN[:2]
+
+
+def resnets(target: str) -> Iterator[Case]:
+    """Training steps of ResNet-50 on images of 224 x 224; the activations of batch 64 fit on a TPU by luck."""
+    for examples in (64, 256) if target.startswith("tpu") else (128,):
+        for activation in ("relu", "silu"):
+            name = f"ResNet-50, {activation}, batch {examples}"
+            yield name, partial(resnet, "resnet50", activation, examples, 224), PLAIN
+    name = f"ResNet-50, leaky_relu, batch {examples}"
+    yield name, partial(resnet, "resnet50", "leaky_relu", examples, 224), ("flax", "inside", "invertible")
+
+
+def small() -> Iterator[Case]:
+    """What is compiled in a minute, for the tests."""
+    yield "2 x (conv, norm, act), unrolled", partial(conv_stack, 2, False, False, "relu", examples=512), PLAIN
+    yield "ResNet-18, relu", partial(resnet, "resnet18", "relu", 256, 32), PLAIN
+
+
+def rival(contender: str) -> str:
+    """Whom a contender is compared with: Flax, under a checkpoint where it is under one itself."""
+    return "flax, checkpoint" if "," in contender else "flax"
