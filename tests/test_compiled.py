@@ -205,6 +205,23 @@ def test_traffic(target, tmp_path):
             assert rows[norm, "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 2.05
 
 
+NETWORKS = [
+    pytest.param("tpu-v5e-1", "small"),
+    *(pytest.param("h200-1", case) for case in ("small", "epilogues", "stacks", "blocks", "resnet")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "case"), NETWORKS)
+def test_networks(target, case, tmp_path):
+    """Ours, drop-in or told everything: no more bytes or memory than Flax's, and no more than one kernel a norm."""
+    for row in report("--targets", target, "--cases", case, tmp_path=tmp_path):
+        assert row["bytes / Flax"] <= 1.005, row
+        assert row["kernels more a norm"] <= 1, row
+        if row["contender"] != "invertible":  # where it does not pay, it is not asked for
+            assert row["temporaries more"] <= 0.02, row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "scan", "invertible_scan", "invertible_unrolled"),
