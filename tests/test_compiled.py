@@ -199,7 +199,7 @@ def test_traffic(target, tmp_path):
         more = slices[norm] + 0.0005 + 8 * SMALL
         assert row["jaxnorm"]["bytes"] <= row["flax"]["bytes"] + more, (norm, kind, dtype)
     if target == "h200-1":
-        assert rows["batch", "step", "bfloat16"]["jaxnorm"]["bytes"] <= 7.1
+        assert rows["batch", "step", "bfloat16"]["jaxnorm"]["bytes"] <= 8.1
         assert rows["batch", "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 3.1
         for norm in ("layer", "rms"):
             assert rows[norm, "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 2.05
