@@ -154,9 +154,9 @@ def spread(how: Map, data: Any, stored: Any, small: tuple[Any, ...], further: tu
 
 @partial(spread.defjvp, symbolic_zeros=True)
 def _spread_tangent(how, primals, tangents):
-    _, stored, *arrays = primals
+    data, stored, *arrays = primals
     t_data, _, *t_arrays = tangents
-    wide = jnp.promote_types(how.dtype, jnp.float32)
+    wide = data[0].dtype
 
     def along_data(t, stored, *arrays):
         data = how.read(*stored)
