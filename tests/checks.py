@@ -1,7 +1,21 @@
-"""Comparisons whose tolerance follows from the dtype and the number of values summed."""
+"""Comparisons whose tolerance follows from the dtype and the number of values summed; and how to compile for them."""
 
+import itertools
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+compile_quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""``jit`` for what is right or wrong by its formula, however well it is compiled: half of the compiler's time."""
+
+compile_as_written = partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
+)
+"""`compile_quickly`, with every rounding to bfloat16 or float16 that was written down."""
+
 
 
 def tolerance(dtype, size=1):
@@ -23,3 +37,28 @@ def assert_close(actual, expected, size=1, magnitude=0.0, what=""):
     error = np.abs(actual - expected).max()
     allowed = tolerance(dtype, size) * max(np.abs(expected).max(), magnitude)
     assert error <= allowed, f"{what}: error {error:.3g} exceeds {allowed:.3g}"
+
+
+def pairwise(*factors, without=lambda *values: False):
+    """Parameters of all combinations but those ``without``; slow, but for enough that any two values meet.
+
+    Each factor maps the name of a value to the value. Combinations are chosen greedily, by how many pairs of values
+    that did not meet before they bring together.
+    """
+    combinations = [c for c in itertools.product(*(f.items() for f in factors)) if not without(*(v for _, v in c))]
+
+    def pairs(combination):
+        return set(itertools.combinations([(i, name) for i, (name, _) in enumerate(combination)], 2))
+
+    waiting = [(pairs(c), index) for index, c in enumerate(combinations)]
+    met, quick = set(), set()
+    while True:
+        gain, index = max(((len(p - met), -index) for p, index in waiting), default=(0, 0))
+        if not gain:
+            break
+        quick.add(-index)
+        met |= waiting[-index][0]
+    return [
+        pytest.param(*(v for _, v in c), id="-".join(str(n) for n, _ in c), marks=[] if i in quick else pytest.mark.slow)
+        for i, c in enumerate(combinations)
+    ]

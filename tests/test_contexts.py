@@ -203,9 +203,9 @@ def test_several_mesh_axes(rng, names):
 
 def test_many_replicas(rng):
     """More replicas than are gathered in one collective, with groups of unequal size."""
-    replicas, shape = 40, (160, 3, 2)
+    replicas, shape = 8, (32, 3, 2)
     args = problem(rng, True, shape, replicas)
-    groups = [list(range(0, 7)), list(range(7, 40))]
+    groups = [[0, 5, 1], [2, 3, 4, 6, 7]]
     data = P("data")
     for g in (None, groups):
         mapped = jax.shard_map(
@@ -216,7 +216,7 @@ def test_many_replicas(rng):
         )
         grads = jax.jit(jax.grad(mapped, (0, 1, 2)))(*args)
         for a, e in zip(grads, expected(*args, g, replicas)[3:], strict=True):
-            assert_close(a, e, size=320)
+            assert_close(a, e, size=96)
 
 
 def test_hessian_product_over_replicas(rng):
@@ -289,11 +289,11 @@ def test_collectives_of_a_step_with_axis_name(rng, shape, check_vma, groups, mas
 
 def test_collectives_on_many_replicas(rng):
     """Two forward, one backward."""
-    args = sharded_arguments(40, problem(rng, True, (160, 3, 2), 40))
+    args = sharded_arguments(8, problem(rng, True, (32, 3, 2), 8))
     data = P("data")
 
     def mapped(function, out_specs):
-        return jax.shard_map(function, mesh=mesh_of(40), in_specs=(data, P(), P(), data, data), out_specs=out_specs)
+        return jax.shard_map(function, mesh=mesh_of(8), in_specs=(data, P(), P(), data, data), out_specs=out_specs)
 
     loss = curved(None, "data", True)
     assert collectives(mapped(lambda *a: loss(*a)[None], data), *args) == 2

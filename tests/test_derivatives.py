@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import compile_as_written, compile_quickly
 
 import jaxnorm
 
@@ -47,107 +48,107 @@ NORMS = ["batch", "layer", "rms", "group", "instance"]
 close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11)
 
 
+def hessian_products(function, cotangent, primals, tangents, modes):
+    """The Hessian of ``sum(sin(function) * cotangent)`` times the tangents: one value, however it is come by."""
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(function(*args).astype(cotangent.dtype)) * cotangent)
+
+    grad = jax.grad(loss, tuple(range(len(primals))))
+    products = {
+        "forward over reverse": lambda: jax.jvp(grad, primals, tangents)[1],
+        "reverse over reverse": lambda: jax.vjp(grad, *primals)[1](tangents),
+        "reverse over forward": lambda: jax.grad(lambda *p: jax.jvp(loss, p, tangents)[1], range(len(primals)))(
+            *primals
+        ),
+    }
+    return {mode: products[mode]() for mode in modes}
+
+
+MODES = ["forward over reverse", "reverse over reverse", "reverse over forward"]
+
+
 @pytest.mark.parametrize("norm", NORMS)
 class TestAgainstNaive:
     """In float64 the two must agree to rounding: a wrong rule cannot."""
 
-    @pytest.mark.usefixtures("compiled")
-    def test_jvp(self, rng, x64, norm):
-        """For all four arguments, the weights included."""
-        primals, tangents = draw(rng), draw(rng)
-        for mine, theirs in zip(
-            jax.jvp(partial(ours, norm), primals, tangents),
-            jax.jvp(partial(naive, norm), primals, tangents),
-            strict=True,
-        ):
-            close(mine, theirs)
+    def test_derivatives(self, rng, x64, norm, compiled):
+        """First and second, in all modes, for all four arguments, the weights included."""
 
-    @pytest.mark.usefixtures("compiled")
-    def test_vjp(self, rng, x64, norm):
-        primals, cotangent = draw(rng), rng.standard_normal(SHAPE)
-        mine = jax.vjp(partial(ours, norm), *primals)[1](cotangent)
-        theirs = jax.vjp(partial(naive, norm), *primals)[1](cotangent)
-        for a, b in zip(mine, theirs, strict=True):
-            close(a, b)
+        def derivatives(function, modes):
+            @compile_quickly
+            def run(primals, tangents, cotangent):
+                y, tangent = jax.jvp(function, primals, tangents)
+                gradients = jax.vjp(function, *primals)[1](cotangent)
+                return y, tangent, gradients, hessian_products(function, cotangent, primals, tangents, modes)
 
-    @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse", "reverse over forward"])
-    def test_second_derivatives(self, rng, x64, norm, mode):
-        primals, tangents = draw(rng), draw(rng)
-        cotangent = rng.standard_normal(SHAPE)
+            return run(*arguments)
 
-        def hessian_product(function):
-            def loss(*args):
-                return jnp.sum(jnp.sin(function(norm, *args)) * cotangent)
-
-            grad = jax.grad(loss, (0, 1, 2, 3))
-            if mode == "forward over reverse":
-                return jax.jvp(grad, primals, tangents)[1]
-            if mode == "reverse over forward":
-                return jax.grad(lambda *p: jax.jvp(loss, p, tangents)[1], (0, 1, 2, 3))(*primals)
-            return jax.vjp(grad, *primals)[1](tangents)
-
-        for a, b in zip(hessian_product(ours), hessian_product(naive), strict=True):
-            close(a, b)
+        arguments = draw(rng), draw(rng), rng.standard_normal(SHAPE)
+        modes = MODES if compiled == "together" else MODES[:1]
+        *mine, second = derivatives(partial(ours, norm), modes)
+        *theirs, expected = derivatives(partial(naive, norm), MODES[:1])
+        jax.tree.map(close, mine, theirs)
+        for mode in modes:
+            jax.tree.map(partial(close, err_msg=mode), second[mode], expected[MODES[0]])
 
     def test_complex(self, rng, x64, norm):
-        (x, scale, bias, weights), (t, *_) = draw(rng, np.complex128), draw(rng, np.complex128)
-        for function in (
-            lambda f: jax.jvp(lambda x: f(norm, x, scale, bias, weights), (x,), (t,))[1],
-            lambda f: jax.vjp(lambda x: f(norm, x, scale, bias, weights), x)[1](t)[0],
-        ):
-            close(function(ours), function(naive))
+        (x, *others), (t, *_) = draw(rng, np.complex128), draw(rng, np.complex128)
+
+        def derivatives(function):
+            def of_x(x):
+                return function(norm, x, *others)
+
+            return compile_quickly(lambda x, t: (jax.jvp(of_x, (x,), (t,))[1], jax.vjp(of_x, x)[1](t)[0]))(x, t)
+
+        jax.tree.map(close, derivatives(ours), derivatives(naive))
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("norm", NORMS)
-class TestBfloat16:
+def test_bfloat16(rng, x64, norm):
     """Arithmetic and sums are float32: what is in bfloat16 is rounded once, and what is not, not at all."""
 
-    def functions(self, norm):
-        return (
-            lambda x, scale, bias: ours(norm, x, scale, bias, None),
-            lambda *p: naive(norm, *(jnp.asarray(a, jnp.float64) for a in p), jnp.ones(SHAPE)),
-        )
-
-    def draw(self, rng, x):
+    def draw_with(x):
         return jnp.asarray(x, jnp.bfloat16), *(jnp.asarray(rng.standard_normal(4), jnp.float32) for _ in range(2))
 
-    def primals(self, rng):
-        """Of which every norm has a variance of about 1.25."""
-        return self.draw(rng, rng.permuted(np.broadcast_to([-1.5, -0.5, 0.5, 1.5], SHAPE), axis=-1))
+    # of this data every norm has a variance of about 1.25
+    primals = draw_with(rng.permuted(np.broadcast_to([-1.5, -0.5, 0.5, 1.5], SHAPE), axis=-1))
+    far = draw_with(64 + rng.standard_normal(SHAPE))
+    near, cotangent = draw_with(rng.standard_normal(SHAPE)), jnp.asarray(rng.standard_normal(SHAPE), jnp.bfloat16)
+    weights = rng.standard_normal(SHAPE)
 
-    def test_jvp(self, rng, x64, norm):
-        """Where the tangents of data and mean nearly cancel, so that a rounding of each of them would show."""
-        primals, tangents = self.primals(rng), self.draw(rng, 64 + rng.standard_normal(SHAPE))
-        got, expected = (jax.jvp(f, primals, tangents)[1] for f in self.functions(norm))
-        assert got.dtype == jnp.bfloat16
-        largest = 64 * np.abs(primals[1]).max()  # of what is added up
-        bound = 2.0**-8 * np.abs(expected) + 4 * 2.0**-17 * largest
-        np.testing.assert_array_less(np.abs(np.asarray(got, np.float64) - expected), bound)
+    def derivatives(function, dtype, modes):
+        @compile_as_written
+        def run(primals, far, near, cotangent, weights):
+            tangent = jax.jvp(function, primals, far)[1]
+            gradients = jax.vjp(function, *primals)[1](cotangent.astype(dtype))
+            return tangent, gradients, hessian_products(function, weights, primals, near, modes)
 
-    def test_vjp(self, rng, x64, norm):
-        primals, cotangent = self.primals(rng), jnp.asarray(rng.standard_normal(SHAPE), jnp.bfloat16)
-        got, expected = (jax.vjp(f, *primals) for f in self.functions(norm))
-        for g, e in zip(got[1](cotangent), expected[1](cotangent.astype(jnp.float64)), strict=True):
-            rounding = 2.0**-8 if g.dtype == jnp.bfloat16 else 0
-            e = np.asarray(e, np.float64)
-            bound = rounding * np.abs(e) + 2.0**-24 * 120 * (1 + np.abs(e).max())  # sums of up to 120 in float32
-            np.testing.assert_array_less(np.abs(np.asarray(g, np.float64) - e), bound)
+        return run(primals, far, near, cotangent, weights)
 
-    @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
-    def test_second_derivatives(self, rng, x64, norm, mode):
-        """The first derivatives, which are in bfloat16 in between, leave some roundings."""
-        primals, tangents, c = self.primals(rng), self.draw(rng, rng.standard_normal(SHAPE)), rng.standard_normal(SHAPE)
+    def exactly(*primals):
+        return naive(norm, *(jnp.asarray(a, jnp.float64) for a in primals), jnp.ones(SHAPE))
 
-        def hessian_product(function):
-            grad = jax.grad(lambda *p: jnp.sum(jnp.sin(function(*p).astype(jnp.float32)) * c), (0, 1, 2))
-            if mode == "forward over reverse":
-                return jax.jvp(grad, primals, tangents)[1]
-            return jax.vjp(grad, *primals)[1](tangents)
+    tangent, gradients, second = derivatives(lambda *p: ours(norm, *p, None), jnp.bfloat16, MODES[:2])
+    exact = jax.tree.map(partial(np.asarray, dtype=np.float64), derivatives(exactly, jnp.float64, MODES[:1]))
 
-        for got, expected in zip(*map(hessian_product, self.functions(norm)), strict=True):
-            got, expected = (np.asarray(v, np.float64) for v in (got, expected))
-            np.testing.assert_allclose(got, expected, rtol=0, atol=8 * 2.0**-8 * np.abs(expected).max())
+    # where the tangents of data and mean nearly cancel, a rounding of each of them would show
+    assert tangent.dtype == jnp.bfloat16
+    largest = 64 * np.abs(primals[1]).max()  # of what is added up
+    bound = 2.0**-8 * np.abs(exact[0]) + 4 * 2.0**-17 * largest
+    np.testing.assert_array_less(np.abs(np.asarray(tangent, np.float64) - exact[0]), bound)
+
+    for g, e in zip(gradients, exact[1], strict=True):
+        rounding = 2.0**-8 if g.dtype == jnp.bfloat16 else 0
+        bound = rounding * np.abs(e) + 2.0**-24 * 120 * (1 + np.abs(e).max())  # sums of up to 120 in float32
+        np.testing.assert_array_less(np.abs(np.asarray(g, np.float64) - e), bound)
+
+    # the first derivatives, which are in bfloat16 in between, leave some roundings
+    for mode in MODES[:2]:
+        for got, e in zip(second[mode], exact[2][MODES[0]], strict=True):
+            got = np.asarray(got, np.float64)
+            np.testing.assert_allclose(got, e, rtol=0, atol=8 * 2.0**-8 * np.abs(e).max(), err_msg=mode)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -158,7 +159,7 @@ def test_third_derivative(rng, x64):
         def loss(s):
             return jnp.sum(function(jnp.sin(s * x)) * cotangent)
 
-        return jax.grad(jax.grad(jax.grad(loss)))(1.1)
+        return compile_quickly(jax.grad(jax.grad(jax.grad(loss))))(1.1)
 
     mine = third(partial(jaxnorm.layer_norm, epsilon=1e-3))
     close(mine, third(lambda x: (x - x.mean()) / jnp.sqrt(x.var() + 1e-3)))
@@ -179,29 +180,31 @@ def test_gradients_of_the_statistics(rng, x64):
         m = function(x, w)
         return jnp.sum(a * m.mean + b * m.var + c * m.count)
 
-    expected = jax.grad(naive_loss, (0, 1))(x, w)
+    expected = compile_quickly(jax.grad(naive_loss, (0, 1)))(x, w)
     for function in (lambda x, w: jaxnorm.moments(x, 0, mask=w), lambda x, w: jaxnorm.batch_norm(x, mask=w)[1]):
-        for mine, e in zip(jax.grad(partial(loss, function), (0, 1))(x, w), expected, strict=True):
+        for mine, e in zip(compile_quickly(jax.grad(partial(loss, function), (0, 1)))(x, w), expected, strict=True):
             close(mine, e)
 
 
 def test_gradient_of_merged_moments_at_zero_variance():
     constant = lambda var: jaxnorm.Moments(jnp.zeros(1), var, jnp.full(1, 4.0))  # noqa: E731
-    gradient = jax.grad(lambda v: jaxnorm.merge_moments(constant(v), constant(jnp.zeros(1))).var[0])(jnp.zeros(1))
-    np.testing.assert_array_equal(gradient, 0.5)
+    gradient = compile_quickly(jax.grad(lambda v: jaxnorm.merge_moments(constant(v), constant(jnp.zeros(1))).var[0]))
+    np.testing.assert_array_equal(gradient(jnp.zeros(1)), 0.5)
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_residuals(rng, norm, dtype, masked):
+def test_residuals(norm, dtype, masked):
     """Kept for the backward pass: the input in its own dtype, the mask as given, vectors; nothing else."""
-    x = jnp.asarray(rng.standard_normal((16, 8, 8, 4)), dtype)
-    mask = jnp.asarray(rng.random((16, 8, 8, 1)) < 0.5) if masked else None
-    scale, bias = jnp.ones(4), jnp.zeros(4)
-    _, pullback = jax.vjp(lambda x, s, b: ours_unweighted(norm, x, s, b, mask), x, scale, bias)
-    kept = jax.tree.leaves(pullback)
+    x, vector = jax.ShapeDtypeStruct((16, 8, 8, 4), dtype), jax.ShapeDtypeStruct((4,), jnp.float32)
+    mask = jax.ShapeDtypeStruct((16, 8, 8, 1), bool) if masked else None
+
+    def pullback(x, scale, bias, mask):
+        return jax.vjp(lambda x, s, b: ours_unweighted(norm, x, s, b, mask), x, scale, bias)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, x, vector, vector, mask))
     per_set = {"layer": 16 * 8 * 8, "rms": 16 * 8 * 8, "instance": 16 * 4, "group": 16 * 4, "batch": 4}[norm]
     large = [k for k in kept if k.size > per_set]
     assert [(k.shape, k.dtype) for k in large if k.dtype != bool] == [(x.shape, x.dtype)]
@@ -221,10 +224,10 @@ def ours_unweighted(norm, x, scale, bias, mask):
     return function()
 
 
-def test_residuals_at_inference(rng):
-    x = jnp.asarray(rng.standard_normal((16, 8, 8, 4)), jnp.bfloat16)
-    vectors = [jnp.ones(4)] * 4
-    _, pullback = jax.vjp(jaxnorm.normalize, x, *vectors)
+def test_residuals_at_inference():
+    x = jax.ShapeDtypeStruct((16, 8, 8, 4), jnp.bfloat16)
+    vectors = [jax.ShapeDtypeStruct((4,), jnp.float32)] * 4
+    pullback = jax.eval_shape(lambda *args: jax.vjp(jaxnorm.normalize, *args)[1], x, *vectors)
     assert [(k.shape, k.dtype) for k in jax.tree.leaves(pullback) if k.size > 4] == [(x.shape, x.dtype)]
 
 

@@ -83,7 +83,7 @@ def test_batch_norm_over_replicas(rng, shape, kappa, groups):
 
 
 @pytest.mark.parametrize("kappa", KAPPAS)
-@pytest.mark.parametrize("replicas", [4, 40], ids=["gathered", "two-stage"])
+@pytest.mark.parametrize("replicas", [4, 8], ids=["gathered", "two-stage"])
 def test_replicas_with_means_far_apart(rng, replicas, kappa):
     x = draw(rng, (replicas, 64, 3), 0) + kappa * np.arange(replicas, dtype=np.float32).reshape(-1, 1, 1)
     y, batch = jax.vmap(lambda x: jaxnorm.batch_norm(x, axis_name="r"), axis_name="r", out_axes=(0, None))(x)
