@@ -1,25 +1,14 @@
-"""The training loop: steps on meshes, both roads, recalibration, checkpoints, several processes, the command line."""
-
-import json
-import os
-import re
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""What the training program is made of: optimizers, steps on meshes by both roads, networks, recalibration."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from checks import assert_close
 from jax.sharding import AxisType
 
 from jaxnorm import training
-from jaxnorm.training.__main__ import parse
-from jaxnorm.training._checkpoint import Checkpoints
 
 STEPS = 20
 
@@ -174,7 +163,7 @@ def test_recalibrated_statistics_are_those_of_the_data_set():
     data = part_of_digits()
     state = training.init_state(model, optimizer, (8, 8, 1), seed=0, mesh=mesh)
     sharded = [training.shard_batch(b, mesh) for b in training.batches(data, 64)]
-    new = training.recalibrate(training.make_moments_step(model, mesh), state, sharded)
+    new = training.recalibrate(training.make_measure_step(model, mesh), state, sharded)
 
     kernel = np.asarray(state.params["Conv_0"]["kernel"], np.float64)
     padded = np.pad(data.images.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -186,7 +175,7 @@ def test_recalibrated_statistics_are_those_of_the_data_set():
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, new.params, state.params)))
     assert new.step == state.step
     with pytest.raises(ValueError, match="at least one batch"):
-        training.recalibrate(training.make_moments_step(model, mesh), state, [])
+        training.recalibrate(training.make_measure_step(model, mesh), state, [])
 
 
 def test_recalibration_rescues_stale_averages():
@@ -206,60 +195,12 @@ def test_recalibration_rescues_stale_averages():
 
     stale = accuracy(state)
     data = (training.shard_batch(b, mesh) for b in training.batches(train, 128))
-    proper = accuracy(training.recalibrate(training.make_moments_step(model, mesh), state, data))
+    proper = accuracy(training.recalibrate(training.make_measure_step(model, mesh), state, data))
     assert stale < 0.3
     assert proper > 0.95
 
 
-# The command line ----------------------------------------------------------------------------------------------------
-
-
-def command(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return {"args": [sys.executable, "-m", "jaxnorm.training", *map(str, arguments)], "env": environment}
-
-
-def test_command_line_from_end_to_end(tmp_path):
-    arguments = ("--epochs", 8, "--seed", 1, "--out", tmp_path / "run")
-    printed = " ".join(subprocess.run(**command(*arguments), capture_output=True, text=True, check=True).stdout.split())
-    accuracy, devices = re.search(
-        r"Test accuracy ([\d.]+) from the running averages, .* on (\d+) cpu", printed
-    ).groups()
-    assert float(accuracy) >= 0.97
-    assert devices == "4"
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 97))
-    assert records[-1]["accuracy"] == pytest.approx(float(accuracy), abs=1e-4)
-    assert (tmp_path / "run" / "training.png").read_bytes()[:4] == b"\x89PNG"
-    # a run is not overwritten, nor continued with other settings
-    for more, message in (((), "holds a run already"), (("--resume", "--norm", "group"), "--norm batch (now group)")):
-        again = subprocess.run(**command(*arguments, *more), capture_output=True, text=True)
-        assert again.returncode != 0
-        assert message in again.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--devices", "0"],
-        ["--epochs", "-1"],
-        ["--batch-size", "130"],
-        ["--seed", "x"],
-        ["--norm", "power"],
-        ["--model", "vgg"],
-        ["--momentum", "1.5"],
-        ["--data", "mnist"],
-        ["--num-processes", "2"],
-        ["--resume"],
-        ["--norm", "instance", "--model", "mlp"],
-        ["--invertible"],
-    ],
-)
-def test_command_line_errors(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(arguments)
-    assert caught.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,102 +219,3 @@ def test_command_line_errors(arguments, capsys):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_divergence_says_what_to_do(tmp_path):
-    settings = ("--epochs", 2, "--norm", "none", "--learning-rate", 1e20, "--devices", 1, "--out", tmp_path)
-    ended = subprocess.run(**command(*settings), capture_output=True, text=True)
-    assert ended.returncode != 0
-    assert re.search(r"the loss is (nan|inf) at step \d+, .* lower --learning-rate", " ".join(ended.stderr.split()))
-
-
-def test_checkpoints_keep_the_best_and_the_last(tmp_path):
-    mesh, model, optimizer = mesh_of(2), training.CNN(widths=(8,)), training.make_optimizer("sgd", 0.1)
-    state = training.init_state(model, optimizer, (8, 8, 1), seed=0, mesh=mesh)
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.last_step is None
-    for step, accuracy in enumerate((0.5, 0.9, 0.7, 0.6), 1):
-        checkpoints.save(state._replace(step=np.int32(step)), {"norm": "batch"}, {"accuracy": accuracy})
-    checkpoints.close()
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.last_step == 4
-    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [2, 4]
-    assert checkpoints.settings() == {"norm": "batch"}
-    restored = checkpoints.restore(state)
-    assert restored.step == 4
-    for a, b in zip(jax.tree.leaves(restored)[1:], jax.tree.leaves(state)[1:], strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_killed_and_resumed(tmp_path, monkeypatch):
-    """One attempt of benchmarks/kill_and_resume.py."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    from kill_and_resume import kill_and_resume
-
-    assert len(kill_and_resume(1, 5, tmp_path)) == 1
-
-
-# Several processes ---------------------------------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def processes(out, *arguments, count=2):
-    address = f"127.0.0.1:{free_port()}"
-    hosts = ("--coordinator", address, "--num-processes", count, "--devices", 2, "--out", out)
-    return [
-        subprocess.Popen(
-            **command(*arguments, *hosts, "--process-id", i),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(count)
-    ]
-
-
-def losses_in(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return np.array([r["loss"] for r in records if r["kind"] == "train"], np.float32)
-
-
-def averages_in(out):
-    last = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-    path = (out / "checkpoints" / str(last) / "state").absolute()
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        written = checkpointer.metadata(path).item_metadata.tree
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), written)
-        return jax.device_get(checkpointer.restore(path, like)["batch_stats"])
-
-
-@pytest.mark.parametrize("road", ["jit", "shard_map"])
-def test_two_processes_of_two_devices(tmp_path, road):
-    """Losses and averages of one process with one device, over 24 steps, two of them on partial batches."""
-    arguments = ("--epochs", 2, "--learning-rate", 0.02, "--road", road)
-    running = processes(tmp_path / "two", *arguments)
-    printed = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], printed
-    subprocess.run(**command(*arguments, "--devices", 1, "--out", tmp_path / "one"), check=True, capture_output=True)
-    assert_close(losses_in(tmp_path / "two"), losses_in(tmp_path / "one"), 24**2 * 64 * 64)
-    two, one = (averages_in(tmp_path / name) for name in ("two", "one"))
-    assert len(jax.tree.leaves(one)) == 6
-    jax.tree.map(lambda a, b: assert_close(a, b, 24**2 * 64 * 64), two, one)
-
-
-def test_a_peer_that_dies_is_an_error_not_a_hang(tmp_path):
-    survivor, victim = processes(tmp_path / "two", "--epochs", 100000)
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        if survivor.poll() is not None:
-            pytest.fail(survivor.communicate()[0])
-    victim.kill()
-    victim.communicate()
-    printed, _ = survivor.communicate(timeout=60)
-    assert survivor.returncode != 0
-    assert printed
