@@ -18,8 +18,10 @@ from checks import assert_close
 from jax.sharding import AxisType
 
 from jaxnorm import training
-from jaxnorm.training.__main__ import parse
+from jaxnorm.training.__main__ import main, parse
 from jaxnorm.training._checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 STEPS = 20
 
@@ -216,12 +218,18 @@ def test_recalibration_rescues_stale_averages():
 
 def command(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return {"args": [sys.executable, "-m", "jaxnorm.training", *map(str, arguments)], "env": environment}
 
 
-def test_command_line_from_end_to_end(tmp_path):
+def run_here(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def test_command_line_from_end_to_end(tmp_path, capsys):
     arguments = ("--epochs", 8, "--seed", 1, "--out", tmp_path / "run")
-    printed = " ".join(subprocess.run(**command(*arguments), capture_output=True, text=True, check=True).stdout.split())
+    run_here(*arguments)
+    printed = " ".join(capsys.readouterr().out.split())
     accuracy, devices = re.search(
         r"Test accuracy ([\d.]+) from the running averages, .* on (\d+) cpu", printed
     ).groups()
@@ -232,10 +240,12 @@ def test_command_line_from_end_to_end(tmp_path):
     assert records[-1]["accuracy"] == pytest.approx(float(accuracy), abs=1e-4)
     assert (tmp_path / "run" / "training.png").read_bytes()[:4] == b"\x89PNG"
     # a run is not overwritten, nor continued with other settings
-    for more, message in (((), "holds a run already"), (("--resume", "--norm", "group"), "--norm batch (now group)")):
-        again = subprocess.run(**command(*arguments, *more), capture_output=True, text=True)
-        assert again.returncode != 0
-        assert message in again.stderr
+    for more, message in (
+        ((), "holds a run already"),
+        (("--resume", "--norm", "group"), r"--norm batch \(now group\)"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_here(*arguments, *more)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +292,8 @@ def test_errors(call, message):
 
 def test_divergence_says_what_to_do(tmp_path):
     settings = ("--epochs", 2, "--norm", "none", "--learning-rate", 1e20, "--devices", 1, "--out", tmp_path)
-    ended = subprocess.run(**command(*settings), capture_output=True, text=True)
-    assert ended.returncode != 0
-    assert re.search(r"the loss is (nan|inf) at step \d+, .* lower --learning-rate", " ".join(ended.stderr.split()))
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at step \d+, .* lower --learning-rate"):
+        run_here(*settings)
 
 
 def test_checkpoints_keep_the_best_and_the_last(tmp_path):
@@ -305,6 +314,7 @@ def test_checkpoints_keep_the_best_and_the_last(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path, monkeypatch):
     """One attempt of benchmarks/kill_and_resume.py."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
@@ -351,20 +361,21 @@ def averages_in(out):
         return jax.device_get(checkpointer.restore(path, like)["batch_stats"])
 
 
-@pytest.mark.parametrize("road", ["jit", "shard_map"])
+@pytest.mark.parametrize("road", ["jit", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_two_processes_of_two_devices(tmp_path, road):
     """Losses and averages of one process with one device, over 24 steps, two of them on partial batches."""
     arguments = ("--epochs", 2, "--learning-rate", 0.02, "--road", road)
     running = processes(tmp_path / "two", *arguments)
     printed = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
-    subprocess.run(**command(*arguments, "--devices", 1, "--out", tmp_path / "one"), check=True, capture_output=True)
+    run_here(*arguments, "--devices", 1, "--out", tmp_path / "one")
     assert_close(losses_in(tmp_path / "two"), losses_in(tmp_path / "one"), 24**2 * 64 * 64)
     two, one = (averages_in(tmp_path / name) for name in ("two", "one"))
     assert len(jax.tree.leaves(one)) == 6
     jax.tree.map(lambda a, b: assert_close(a, b, 24**2 * 64 * 64), two, one)
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_is_an_error_not_a_hang(tmp_path):
     survivor, victim = processes(tmp_path / "two", "--epochs", 100000)
     metrics = tmp_path / "two" / "metrics.jsonl"
