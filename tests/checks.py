@@ -17,7 +17,6 @@ compile_as_written = partial(
 """`compile_quickly`, with every rounding to bfloat16 or float16 that was written down."""
 
 
-
 def tolerance(dtype, size=1):
     """Rounding of ``size`` values summed in the arithmetic of ``dtype`` (never below float32), then rounded to it."""
     stored = float(jnp.finfo(dtype).eps)
@@ -59,6 +58,8 @@ def pairwise(*factors, without=lambda *values: False):
         quick.add(-index)
         met |= waiting[-index][0]
     return [
-        pytest.param(*(v for _, v in c), id="-".join(str(n) for n, _ in c), marks=[] if i in quick else pytest.mark.slow)
+        pytest.param(
+            *(v for _, v in c), id="-".join(str(n) for n, _ in c), marks=[] if i in quick else pytest.mark.slow
+        )
         for i, c in enumerate(combinations)
     ]

@@ -45,6 +45,14 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For modules in which programs are many and large, and right or wrong however well they are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", params=["together", "alone"])
 def compiled(request):
     """Sums compiled with all else, as for several devices, and each by itself, as for one CPU.

@@ -154,6 +154,7 @@ def test_given_statistics(rng):
     x, cotangent = (rng.standard_normal((7, 5, 3)).astype(np.float32) for _ in range(2))
     mean, scale, bias = (rng.standard_normal(3).astype(np.float32) for _ in range(3))
     var = rng.random(3).astype(np.float32) + 0.5
+
     def run(cotangent, *args):
         y, pullback = jax.vjp(lambda *a: jaxnorm.normalize(*a, epsilon=0.1), *args)
         return y, pullback(cotangent)

@@ -97,7 +97,10 @@ def test_an_axis_over_which_nothing_varies(rng, replicas):
     size = replicas[0] * replicas[1]
     mesh = jax.make_mesh(replicas, ("i", "j"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:size])
     mapped = jax.shard_map(
-        lambda x: jaxnorm.batch_norm(x, epsilon=EPSILON, axis_name=("i", "j"))[0], mesh=mesh, in_specs=P("i"), out_specs=P("i")
+        lambda x: jaxnorm.batch_norm(x, epsilon=EPSILON, axis_name=("i", "j"))[0],
+        mesh=mesh,
+        in_specs=P("i"),
+        out_specs=P("i"),
     )
     gradient = compile_quickly(jax.grad(lambda x: jnp.sum(jnp.sin(mapped(x)) * cotangent)))(x)
     assert_close(gradient, expected("batch", x, cotangent, None)[1], 320)
