@@ -6,11 +6,16 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close
+from flax import linen as nn
 from jax.sharding import AxisType
 
-from jaxnorm import training
+from jaxnorm import Moments, training
+from jaxnorm.training import _models
+from jaxnorm.training._functions import averaged
 
-STEPS = 20
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+STEPS, ROADS = 12, ("jit", "shard_map")
 
 
 def mesh_of(devices):
@@ -23,9 +28,9 @@ def part_of_digits(count=230):
     return training.Split(train.images[:count], train.labels[:count])
 
 
-def run(devices, road="jit", accumulate=1, norm="batch", optimizer=None, steps=STEPS, **settings):
+def run(model, devices, road="jit", accumulate=1, optimizer=None, steps=STEPS):
     """Losses, and the state after some steps."""
-    mesh, model = mesh_of(devices), training.CNN(widths=(8, 8), norm=norm, **settings)
+    mesh = mesh_of(devices)
     optimizer = optimizer or training.make_optimizer("sgd", 0.02, weight_decay=1e-3)
     data = part_of_digits()
     state = training.init_state(model, optimizer, data.images.shape[1:], seed=0, mesh=mesh)
@@ -40,14 +45,14 @@ def run(devices, road="jit", accumulate=1, norm="batch", optimizer=None, steps=S
 
 @pytest.fixture(scope="module")
 def one_device():
-    return run(1)
+    return run(training.CNN(widths=(8, 8)), 1)
 
 
 @pytest.mark.parametrize("road", ["jit", "shard_map"])
 def test_one_device_and_four_agree(one_device, road):
-    """Losses and running averages after twenty steps, every fourth of them on a partial batch."""
+    """Losses and running averages after twelve steps, every fourth of them on a partial batch."""
     losses, state = one_device
-    losses_4, state_4 = run(4, road)
+    losses_4, state_4 = run(training.CNN(widths=(8, 8)), 4, road)
     # each step adds the rounding of its sums, over 64 images of 64 pixels at the most, to what it was given
     size = STEPS**2 * 64 * 64
     assert_close(losses_4, losses, size)
@@ -56,22 +61,37 @@ def test_one_device_and_four_agree(one_device, road):
     assert state_4.step == STEPS
 
 
-@pytest.mark.parametrize("norm", training.NORMS)
-def test_both_roads_agree_for_every_norm(norm):
-    (losses, _), (losses_by_hand, _) = (run(4, road, norm=norm, steps=4) for road in ("jit", "shard_map"))
+class EveryNorm(_models.CNN):
+    """A convolution before every normalization, one after the other."""
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        for kind in training.NORMS:
+            axis = {"axis_name": self.axis_name, "momentum": self.momentum, "dtype": self.dtype}
+            norm = _models.Norm(kind=kind, activation="relu", invertible=False, **axis)
+            x = norm(self.conv(x, 8, 3), train, mask)
+        return self.logits(x.mean((1, 2)))
+
+
+def test_both_roads_agree_for_every_norm():
+    (losses, state), (losses_by_hand, state_by_hand) = (run(EveryNorm(), 4, road, steps=4) for road in ROADS)
     assert_close(losses_by_hand, losses, 16 * 64 * 64)
+    jax.tree.map(lambda a, b: assert_close(a, b, 16 * 64 * 64), state_by_hand.batch_stats, state.batch_stats)
 
 
 def test_invertible_training_is_the_same_training():
-    losses, state = run(4, "shard_map", steps=5, activation="leaky_relu", invertible=True)
-    expected, expected_state = run(4, steps=5, activation="leaky_relu")
+    model = training.CNN(widths=(8, 8), activation="leaky_relu")
+    losses, state = run(model.clone(invertible=True), 4, "shard_map", steps=5)
+    expected, expected_state = run(model, 4, steps=5)
     assert_close(losses, expected, 5**2 * 64 * 64)
     for a, b in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected_state.batch_stats), strict=True):
         assert_close(a, b, 5**2 * 64 * 64)
 
 
 def test_accumulation_without_batch_statistics_is_one_large_batch():
-    (losses, state), (losses_4, state_4) = (run(2, accumulate=a, norm="group", steps=4) for a in (1, 4))
+    (losses, state), (losses_4, state_4) = (
+        run(training.CNN(widths=(8, 8), norm="group"), 2, accumulate=a, steps=4) for a in (1, 4)
+    )
     assert_close(losses_4, losses, 16 * 64 * 64)
     for a, b in zip(jax.tree.leaves(state_4.params), jax.tree.leaves(state.params), strict=True):
         assert_close(a, b, 16 * 64 * 64)
@@ -83,7 +103,7 @@ def test_averages_see_every_microbatch_by_its_count(road):
     data = part_of_digits(38)
     (batch,) = training.batches(data, 64)
     stats = []
-    for accumulate in (1, 2, 8):
+    for accumulate in (1, 8):
         mesh, model, optimizer = mesh_of(4), training.CNN(widths=(8,)), optax.sgd(0.1)
         state = training.init_state(model, optimizer, (8, 8, 1), seed=0, mesh=mesh)
         step = training.make_train_step(model, optimizer, mesh, road=road, accumulate=accumulate)
@@ -91,6 +111,22 @@ def test_averages_see_every_microbatch_by_its_count(road):
     for other in stats[1:]:
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(stats[0]), strict=True):
             assert_close(a, b, 38 * 64)
+
+
+def test_averages_are_those_of_momentum():
+    old = {"a": {"mean": jnp.array([1.0]), "var": jnp.array([2.0])}}
+    measured = {"a": Moments(jnp.array([3.0]), jnp.array([4.0]), jnp.array([8.0]))}
+    new = averaged(old, measured, lambda path: 0.75)
+    assert jax.tree.map(float, jax.tree.map(jnp.squeeze, new)) == {"a": {"mean": 1.5, "var": 2.5}}
+
+
+def test_sgd_is_that_of_nesterov():
+    """Two steps by hand: v <- g + 0.9 v, and the step is g + 0.9 v (Sutskever et al., 2013)."""
+    optimizer = training.make_optimizer("sgd", 0.5)
+    state = optimizer.init(jnp.zeros(()))
+    first, state = optimizer.update(jnp.float32(1), state, jnp.zeros(()))
+    second, _ = optimizer.update(jnp.float32(2), state, jnp.zeros(()))
+    np.testing.assert_allclose([first, second], [-0.5 * 1.9, -0.5 * (2 + 0.9 * 2.9)], rtol=1e-6)
 
 
 def test_weight_decay_leaves_scale_and_bias_alone():
@@ -154,6 +190,55 @@ def test_resnets_have_the_known_number_of_parameters(name, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
 
 
+def norm_of(kind, x):
+    norm = _models.Norm(kind, 0.9, jnp.float32, None, None, False)
+    variables = norm.init(jax.random.key(0), x, False, None)
+    return norm.apply(variables, x, True, None, mutable=["batch_stats"])[0]
+
+
+@pytest.mark.parametrize("kind", training.NORMS[:-1])
+def test_what_each_norm_shares_its_statistics_over(kind, rng):
+    """On 12 channels: groups are of 2 (the greatest common divisor of 32 and 6), layer and RMS over the example."""
+    x = rng.normal(1, 2, (3, 4, 5, 12)).astype(np.float32)
+    grouped = x.astype(np.float64).reshape(3, 4, 5, 2, 6) if kind == "group" else x.astype(np.float64)
+    axes = {"batch": (0, 1, 2), "layer": (1, 2, 3), "rms": (1, 2, 3), "group": (1, 2, 4), "instance": (1, 2)}[kind]
+    mean = 0 if kind == "rms" else grouped.mean(axes, keepdims=True)
+    var = np.square(grouped - mean).mean(axes, keepdims=True)
+    expected = (grouped - mean) / np.sqrt(var + (1e-5 if kind == "batch" else 1e-6))
+    assert_close(norm_of(kind, jnp.asarray(x)), expected.reshape(x.shape), 240)
+
+
+def inputs_of(model, x, kind):
+    """What the layers of a kind are called with."""
+    seen = []
+
+    def note(call, arguments, settings, context):
+        if isinstance(context.module, kind) and context.method_name == "__call__":
+            seen.append(arguments[0])
+        return call(*arguments, **settings)
+
+    with nn.intercept_methods(note):
+        model.init(jax.random.key(0), x, train=False)
+    return seen
+
+
+def test_place_is_before_or_after_the_activation(rng):
+    x = jnp.asarray(rng.normal(size=(4, 8, 8, 1)), jnp.float32)
+    for place, positive in (("before", False), ("after", True)):
+        model = training.make_model("mlp", place=place, widths=(8,))
+        assert [bool((a >= 0).all()) for a in inputs_of(model, x, _models.Norm)] == [positive]
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_residual_blocks_end_with_the_activation(rng, bottleneck):
+    """The last layer is given means of ReLU's outputs, some of them zero in every place."""
+    x = jnp.asarray(rng.normal(size=(1, 8, 8, 3)), jnp.float32)
+    model = training.ResNet(depths=(1,), bottleneck=bottleneck)
+    blocks = inputs_of(model, x, nn.Dense) + inputs_of(model, x, nn.Conv)[2:]
+    assert all((a >= 0).all() for a in blocks)
+    assert len(blocks) >= 2
+
+
 # Recalibration -------------------------------------------------------------------------------------------------------
 
 
@@ -180,12 +265,12 @@ def test_recalibrated_statistics_are_those_of_the_data_set():
 
 def test_recalibration_rescues_stale_averages():
     """Averages that hardly moved leave a trained network at chance; recalibration alone gives its proper accuracy."""
-    mesh, model = mesh_of(4), training.CNN(widths=(32, 32), momentum=0.9999)
+    mesh, model = mesh_of(4), training.CNN(widths=(16, 16), momentum=0.9999)
     optimizer = training.make_optimizer("adam", 0.01)
     train, test = training.load_digits()
     state = training.init_state(model, optimizer, (8, 8, 1), seed=0, mesh=mesh)
     step, eval_step = training.make_train_step(model, optimizer, mesh), training.make_eval_step(model, mesh)
-    for epoch in range(12):
+    for epoch in range(8):
         for batch in training.batches(train, 128, seed=epoch):
             state, _ = step(state, training.shard_batch(batch, mesh))
 
@@ -200,6 +285,54 @@ def test_recalibration_rescues_stale_averages():
     assert proper > 0.95
 
 
+@pytest.fixture(scope="module")
+def small():
+    """A network of two layers, its state and its measuring step, on one device."""
+    mesh, model = mesh_of(1), training.MLP(widths=(4, 4))
+    state = training.init_state(model, optax.sgd(0.1), (8, 8, 1), seed=0, mesh=mesh)
+    return mesh, state, training.make_measure_step(model, mesh)
+
+
+def recalibrated(small, data, state=None):
+    mesh, state_, step = small
+    return training.recalibrate(step, state or state_, [training.shard_batch(b, mesh) for b in data])
+
+
+def test_recalibration_leaves_out_what_is_not_finite_and_says_so(small):
+    """One image with a NaN and one with an infinity among 64: the statistics of the other 62."""
+    data = part_of_digits(128)
+    broken = training.Split(data.images.copy(), data.labels)
+    broken.images[5, 2, 3], broken.images[100, 0, 0] = np.nan, np.inf
+    with pytest.warns(UserWarning, match="2 of 128 examples hold values that are not finite; they were left out"):
+        actual = recalibrated(small, training.batches(broken, 64))
+    kept = np.delete(np.arange(128), [5, 100])
+    expected = recalibrated(small, training.batches(training.Split(data.images[kept], data.labels[kept]), 126))
+    # the second layer sees batches of the first: only the first is the same whatever the batches
+    first = (state.batch_stats["Norm_0"]["BatchNorm_0"] for state in (actual, expected))
+    jax.tree.map(lambda a, b: assert_close(a, b, 126 * 64), *first)
+
+
+def test_recalibration_repairs_averages_that_are_not_finite(small):
+    _, state, _ = small
+    batches = list(training.batches(part_of_digits(64), 64))
+    poisoned = state._replace(batch_stats=jax.tree.map(lambda a: a * np.nan, state.batch_stats))
+    actual, expected = (recalibrated(small, batches, s) for s in (poisoned, state))
+    jax.tree.map(np.testing.assert_array_equal, actual.batch_stats, expected.batch_stats)
+
+
+def test_recalibration_refuses_what_it_cannot_measure(small):
+    _, state, _ = small
+    data = part_of_digits(64)
+    nothing = training.Split(data.images * np.nan, data.labels)
+    with pytest.raises(ValueError, match=r"64 of 64 examples .*nothing to measure"):
+        recalibrated(small, training.batches(nothing, 64))
+    huge = state._replace(params=jax.tree.map(lambda a: a * 1e38, state.params))
+    with pytest.raises(ValueError, match="check the parameters; those of 2 batches are not"):
+        recalibrated(small, training.batches(data, 32), huge)
+    with pytest.raises(ValueError, match="at least one batch"):
+        training.evaluate(lambda state, batch: {}, state, [])
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -212,8 +345,8 @@ def test_recalibration_rescues_stale_averages():
         (lambda: training.make_model("cnn", activation="swoosh"), "activation must be one of relu, .*'swoosh'"),
         (lambda: training.make_model("cnn", invertible=True), "invertible needs a norm and activation='leaky_relu'"),
         (lambda: training.make_optimizer("lion", 0.1), "name must be one of sgd, adam; got 'lion'"),
-        (lambda: run(1, "highway"), "road must be one of jit, shard_map; got 'highway'"),
-        (lambda: run(4, accumulate=5), "multiple of devices times microbatches, 4 x 5; got 64"),
+        (lambda: run(training.CNN(), 1, "highway"), "road must be one of jit, shard_map; got 'highway'"),
+        (lambda: run(training.CNN(), 4, accumulate=5), "multiple of devices times microbatches, 4 x 5; got 64"),
     ],
 )
 def test_errors(call, message):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,11 @@ def drift(batch_stats: Any, moments: Any) -> dict[str, float]:
 def epoch_means(records: list[dict[str, Any]], first: int, last: int) -> dict[str, float]:
     """Mean loss and accuracy over the examples of the steps after ``first`` up to ``last``."""
     steps = [r for r in records if r["kind"] == "train" and first < r["step"] <= last]
-    weights = [r["examples"] for r in steps]
-    return {name: float(np.average([r[name] for r in steps], weights=weights)) for name in ("loss", "accuracy")}
+    total = sum(r["examples"] for r in steps)
+    means = {}
+    for name in ("loss", "accuracy"):
+        means[name] = sum(r[name] * r["examples"] for r in steps) / total if total else math.nan
+    return means
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:

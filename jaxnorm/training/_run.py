@@ -220,12 +220,14 @@ class Run:
         """Train on what is left of an epoch; return its metrics and those on the test images."""
         self.train_epoch(number)
         step = int(self.state.step)
-        values = {f"test_{k}": v for k, v in _steps.evaluate(self.eval_step, self.state, self.test_batches()).items()}
-        drift = {}
+        tested = _steps.evaluate(self.eval_step, self.state, self.test_batches())
+        by_batch, drift = tested, {}
         if self.state.batch_stats:
             sums, moments = _steps.measure(self.measure_step, self.state, self.test_batches())
-            values |= {f"test_{name}_by_batch": value for name, value in _steps.mean_metrics([sums]).items()}
+            by_batch = _steps.mean_metrics([sums])
             drift = _report.drift(jax.device_get(self.state.batch_stats), jax.device_get(moments))
+        values = {f"test_{name}": value for name, value in tested.items()}
+        values |= {f"test_{name}_by_batch": value for name, value in by_batch.items()}
         if self.metrics:
             fit = _report.epoch_means(self.metrics.records, number * self.steps, step)
             values |= {f"train_{name}": value for name, value in fit.items()}
@@ -233,6 +235,8 @@ class Run:
         self.record(kind="epoch", step=step, epoch=number + 1, **values, drift=drift)
         self.epochs = number + 1
         self.save(values["test_accuracy"])
+        description = f"epoch {self.epochs}: test accuracy {values['test_accuracy']:.4f}"
+        self.progress.update(self.task, description=description)
         return values
 
     def __call__(self) -> dict[str, float]:
@@ -243,17 +247,15 @@ class Run:
           Failure: training diverged, the disk is full, or the folder of the run is not what the settings say.
         """
         began = time.perf_counter()
-        self.console.print(_report.network_table(self.model, self.train.images.shape[1:]))
         columns = ("train_loss", "test_loss", "test_loss_by_batch", "test_accuracy", "examples_per_second")
         table = Table("epoch", *(name.replace("_", " ") for name in columns))
-        with Checkpoints(self.out / "checkpoints") as self.checkpoints, self.progress:
+        with Checkpoints(self.out / "checkpoints") as self.checkpoints:
             self.open()
-            for number in range(self.epochs, self.settings.epochs):
-                values = self.epoch(number)
-                cells = (f"{values[name]:.4g}" if name in values else "" for name in columns)
-                table.add_row(str(number + 1), *cells)
-                description = f"epoch {number + 1}: test accuracy {values['test_accuracy']:.4f}"
-                self.progress.update(self.task, description=description)
+            self.console.print(_report.network_table(self.model, self.train.images.shape[1:]))
+            with self.progress:
+                for number in range(self.epochs, self.settings.epochs):
+                    values = self.epoch(number)
+                    table.add_row(str(number + 1), *(f"{values.get(name, math.nan):.4g}" for name in columns))
             if self.settings.recalibrate:
                 self.state = _steps.recalibrate(self.measure_step, self.state, self.batches(self.train))
             result = _steps.evaluate(self.eval_step, self.state, self.test_batches())
