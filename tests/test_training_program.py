@@ -115,7 +115,7 @@ TWO = "--num-processes 2 --coordinator"
     [
         ("--devices 0", "--devices must be positive; got 0"),
         ("--epochs -1", "--epochs must be positive"),
-        ("--batch-size 130", "--batch-size must be a multiple of devices times processes times microbatches, 4 x 1 x 1"),
+        ("--batch-size 130", "--batch-size must be a multiple of devices times processes times microb"),
         ("--seed x", "argument --seed: invalid int value"),
         ("--seed -1", "--seed must lie in"),
         ("--norm power", "argument --norm: invalid choice"),
