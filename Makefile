@@ -5,13 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test lint format test-newest test-oldest clean
+.PHONY: train test test-all lint format test-newest test-oldest clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m jaxnorm.training $(ARGS)
 
+# Neighbouring tests stay together, and share what was compiled; idle workers take over what is left.
+PYTEST := -m pytest -n auto --dist worksteal
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+# The slow ones too: every combination of settings, processes that are killed, the notebooks.
+test-all: $(INSTALLED)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -24,10 +31,10 @@ format: $(INSTALLED)
 
 # The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest -n auto $(ARGS)
+	.venv-newest/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n auto $(ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # numpy learns of float8 from it
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 import jaxnorm
 from jaxnorm import Moments
@@ -107,9 +108,29 @@ def test_message(name, case):
     assert type(caught.value) is error
 
 
-def test_nothing_is_computed_before_the_check():
-    with jax.checking_leaks(), pytest.raises(ValueError, match="num_groups"):
-        jax.eval_shape(lambda x: jaxnorm.group_norm(x, num_groups=5), X)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_computed_before_the_check(name, monkeypatch):
+    """No operation on the data was even traced when the error came."""
+    operations = []
+
+    def bind(primitive, *args, **params):
+        operations.extend(primitive.name for a in args if np.shape(a) == x.shape)
+        return original(primitive, *args, **params)
+
+    original = Primitive.bind
+    monkeypatch.setattr(Primitive, "bind", bind)
+    for _, kwargs, *_ in CASES[name]:
+        kwargs = {"axes": 0} | kwargs if name == "moments" else dict(kwargs)
+        x = kwargs.pop("x", X)
+        unseen = np.dtype(np.float32) == getattr(kwargs.get("mask"), "dtype", None)  # values, while tracing
+        if unseen or not isinstance(x, np.ndarray):
+            continue
+        with pytest.raises((TypeError, ValueError)):
+            jax.eval_shape(lambda x, kwargs=kwargs: call(name, x, **kwargs), x)
+        assert not operations, kwargs
+    x = X
+    jax.eval_shape(lambda x: call(name, x, **({"axes": 0} if name == "moments" else {})), x)
+    assert operations  # which would have been seen
 
 
 UPDATES = [

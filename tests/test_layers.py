@@ -18,6 +18,8 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NAMES = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
 SHAPE = (4, 6, 5, 8)
 GROUPS = {"num_groups": 4}

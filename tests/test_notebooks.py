@@ -34,6 +34,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, this_python, tmp_path):
     """Without an exception or a warning; and the outputs in the file are of the same kinds, cell by cell."""

@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import jaxnorm.linen
 import jaxnorm.nnx
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 WIDTHS = (8, 16)
 
