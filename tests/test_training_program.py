@@ -157,6 +157,12 @@ def test_every_setting_of_the_network_reaches_it():
     assert run.model == training.MLP(dtype=jnp.dtype("bfloat16"), **chosen)
 
 
+def test_synthetic_images_are_split():
+    train, test = _run.load(Settings(data="synthetic", image_size=3))
+    assert (train.images.shape, train.labels.shape) == ((4096, 3, 3, 3), (4096,))
+    assert (test.images.shape, test.labels.shape) == ((1024, 3, 3, 3), (1024,))
+
+
 # Resuming ------------------------------------------------------------------------------------------------------------
 
 

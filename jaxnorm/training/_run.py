@@ -77,8 +77,7 @@ def load(settings: Settings) -> tuple[_data.Split, _data.Split]:
         return _data.load_digits(seed=settings.seed)
     if settings.data == "synthetic":
         whole = _data.synthetic(5120, (settings.image_size, settings.image_size, 3), seed=settings.seed)
-        test, train = ((part[:1024], part[1024:]) for part in whole)
-        return _data.Split(train[0], test[0]), _data.Split(train[1], test[1])
+        return _data.Split(*(part[1024:] for part in whole)), _data.Split(*(part[:1024] for part in whole))
     assert settings.folder is not None
     return {"mnist": _data.load_mnist, "cifar10": _data.load_cifar10}[settings.data](settings.folder)
 
