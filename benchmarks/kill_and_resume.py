@@ -3,8 +3,8 @@
     python benchmarks/kill_and_resume.py --attempts 20
 
 For each of SIGKILL, SIGTERM and SIGINT, each attempt starts a run that writes a checkpoint every five steps, sends it
-the signal at a random moment after its first step, and lets a resumed run finish. Then a run writes to a disk of a few
-hundred kilobytes (where one can be mounted), ends in one line, is given room, and finishes. Parameters, running
+the signal at a random moment after its first step, and lets a resumed run finish. Then a run writes to a disk with
+room for one checkpoint (where one can be mounted), ends in one line, is given room, and finishes. Parameters, running
 averages and optimizer state must be equal bit by bit, and so must all metrics.
 """
 
@@ -102,8 +102,8 @@ def small_disk(folder: Path, size: str):
 
 
 def fill_the_disk(folder: Path, expected: tuple[Any, list]) -> str:
-    """A run on a disk that has room for some checkpoints, then more room; say how it ended."""
-    with small_disk(folder, "4m") as mounted:
+    """A run on a disk that has room for one checkpoint, then more room; say how it ended."""
+    with small_disk(folder, "2500k") as mounted:
         if not mounted:
             return "no disk can be mounted here: not tried"
         process = start(folder / "run")

@@ -7,9 +7,11 @@ import optax
 import pytest
 from checks import assert_close
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType
 
 from jaxnorm import Moments, training
+from jaxnorm.linen import BatchNorm
 from jaxnorm.training import _models
 from jaxnorm.training._functions import averaged
 
@@ -352,3 +354,43 @@ def test_recalibration_refuses_what_it_cannot_measure(small):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Foreign(nn.Module):
+    """Whose batch normalization knows no ``momentum`` of the network."""
+
+    layer: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        return nn.Dense(10)(self.layer(use_running_average=not train)(x.mean((1, 2))))
+
+
+class ForeignNNX(nnx.Module):
+    def __init__(self):
+        self.norm, self.dense = nnx.BatchNorm(1, rngs=nnx.Rngs(0)), nnx.Linear(1, 10, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, *, mask=None):
+        return self.dense(self.norm(x.mean((1, 2))))
+
+
+@pytest.mark.parametrize("make", [lambda: Foreign(nn.BatchNorm), lambda: Foreign(BatchNorm), ForeignNNX])
+def test_networks_whose_averages_cannot_be_kept_are_refused(make):
+    with pytest.raises(ValueError, match="batch normalizations of the network must be those of jaxnorm"):
+        run(make(), 1, steps=1, accumulate=2)
+
+
+def test_layers_of_flax_train_where_no_moments_are_needed():
+    losses, _ = run(ForeignNNX(), 2, steps=2)
+    assert np.isfinite(losses).all()
+
+
+def test_networks_without_batch_normalization_need_no_momentum():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train, mask=None):
+            return nn.Dense(10)(x.mean((1, 2)))
+
+    losses, state = run(Plain(), 2, steps=2)
+    assert np.isfinite(losses).all()
+    assert state.batch_stats == {}

@@ -208,6 +208,7 @@ def test_signals_lose_nothing(undisturbed, tmp_path, monkeypatch, capfd):
         message = f"{number.name}: stopped after step {saved}, which is saved; go on with the same settings and"
         assert f"{message} --out {tmp_path} --resume" in capfd.readouterr().err
         assert signal.getsignal(signal.SIGTERM) == handler
+        assert (tmp_path / "checkpoints" / str(saved)).is_dir()
     when.clear()
     run_here(*TINY, "--out", tmp_path, "--resume")
     assert records_in(tmp_path) == records_in(undisturbed)

@@ -1,6 +1,7 @@
-"""What training needs of a network, as pure functions: the same four of a Linen module and of an NNX module."""
+"""What training needs of a network, as pure functions: the same of a Linen module and of an NNX module."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +22,14 @@ class Functions(NamedTuple):
     Attributes:
       init: a key and the shape of an image -> parameters and running averages.
       predict: parameters, running averages, images -> logits, normalized by the running averages.
-      measure: parameters, running averages, a batch -> logits, normalized by the statistics of the batch, and those as
-        `Moments` in the places of the averages.
+      train: parameters, running averages, a batch -> logits, normalized by the statistics of the batch, and averages.
+      measure: as ``train``, but with those statistics as `Moments` in the places of the averages.
       momentum: the path of a layer's averages -> the weight of the old ones, or None for the cumulative average.
     """
 
     init: Callable[[jax.Array, tuple[int, ...] | None], tuple[Any, Any]]
     predict: Callable[[Any, Any, jax.Array], jax.Array]
+    train: Callable[[Any, Any, Batch], tuple[jax.Array, Any]]
     measure: Callable[[Any, Any, Batch], tuple[jax.Array, Any]]
     momentum: Callable[[Any], float | None]
 
@@ -35,13 +37,11 @@ class Functions(NamedTuple):
 def functions_of(model: nn.Module | nnx.Module, axis_name: AxisNames | None = None) -> Functions:
     """The functions of a network whose batch normalizations share their statistics over ``axis_name``.
 
-    A layer with ``momentum=None`` whose averages begin at zero ends a forward pass with the moments of the batch. So
-    they are measured by the network itself, with that momentum, and averaged afterwards: once for all microbatches.
+    A layer with ``momentum=None`` whose averages begin at zero ends a forward pass with the moments of the batch: so
+    a network can measure them for who has to merge those of several batches before they are averaged.
 
     Args:
-      model: of Linen, with attributes ``momentum`` and, if ``axis_name`` is used, ``axis_name`` that it hands to its
-        batch normalizations, called as ``model(images, train=train, mask=mask)``; or of NNX, called as
-        ``model(images, mask=mask)``. The mask, of shape ``(batch,)``, says which examples count.
+      model: see `make_train_step`.
       axis_name: mapped axis or axes.
 
     Returns:
@@ -51,7 +51,8 @@ def functions_of(model: nn.Module | nnx.Module, axis_name: AxisNames | None = No
 
 
 def _of_linen(model: Any, axis_name: AxisNames | None) -> Functions:
-    measuring = model.clone(momentum=None, **({} if axis_name is None else {"axis_name": axis_name}))
+    training = model if axis_name is None else model.clone(axis_name=axis_name)
+    measuring = training.clone(momentum=None) if hasattr(model, "momentum") else training
 
     def init(key, shape):
         variables = model.init(key, jnp.zeros((1, *shape)), train=False)
@@ -60,25 +61,33 @@ def _of_linen(model: Any, axis_name: AxisNames | None) -> Functions:
     def predict(params, batch_stats, images):
         return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
 
-    def measure(params, batch_stats, batch):
-        variables = {"params": params, "batch_stats": _at_zero(batch_stats)}
+    def apply(network, params, batch_stats, batch):
+        variables = {"params": params, "batch_stats": batch_stats}
         images, mask = batch["image"], batch["mask"]
-        logits, updates = measuring.apply(variables, images, train=True, mask=mask, mutable=["batch_stats"])
-        return logits, _as_moments(updates.get("batch_stats", {}))
+        logits, updates = network.apply(variables, images, train=True, mask=mask, mutable=["batch_stats"])
+        return logits, updates.get("batch_stats", {})
 
-    return Functions(init, predict, measure, lambda path: model.momentum)
+    def measure(params, batch_stats, batch):
+        logits, measured = apply(measuring, params, _at_zero(batch_stats), batch)
+        return logits, _as_moments(measured)
+
+    return Functions(init, predict, partial(apply, training), measure, lambda path: getattr(model, "momentum", None))
 
 
 def _of_nnx(model: nnx.Module, axis_name: AxisNames | None) -> Functions:
     params, averages, rest = map(nnx.to_pure_dict, nnx.state(model, nnx.Param, nnx.BatchStat, ...))
-    predicting, measuring, momenta = nnx.clone(model), nnx.clone(model), {}
+    predicting, training, measuring, momenta = nnx.clone(model), nnx.clone(model), nnx.clone(model), {}
     predicting.eval()
+    training.train()
     measuring.train()
-    for path, layer in nnx.iter_modules(measuring):
-        if isinstance(layer, norms.BatchNorm):
-            momenta[path], layer.momentum, layer.axis_name = layer.momentum, None, axis_name or layer.axis_name
-            layer.count = nnx.BatchStat(jnp.zeros_like(layer.mean[...]))
-    predicting, measuring = nnx.graphdef(predicting), nnx.graphdef(measuring)
+    for network in (training, measuring):
+        for path, layer in nnx.iter_modules(network):
+            if isinstance(layer, norms.BatchNorm):
+                layer.axis_name = axis_name or layer.axis_name
+                momenta.setdefault(path, layer.momentum)
+                if network is measuring:
+                    layer.momentum, layer.count = None, nnx.BatchStat(jnp.zeros_like(layer.mean[...]))
+    predicting, training, measuring = map(nnx.graphdef, (predicting, training, measuring))
 
     def init(key, shape):
         return jax.tree.map(jnp.copy, (params, averages))
@@ -87,12 +96,19 @@ def _of_nnx(model: nnx.Module, axis_name: AxisNames | None) -> Functions:
         network: Any = nnx.merge(predicting, params, batch_stats, rest)
         return network(images, mask=None)
 
-    def measure(params, batch_stats, batch):
-        network: Any = nnx.merge(measuring, params, _at_zero(batch_stats), rest)
+    def apply(graph, params, batch_stats, batch):
+        network: Any = nnx.merge(graph, params, batch_stats, rest)
         logits = network(batch["image"], mask=batch["mask"])
-        return logits, _as_moments(nnx.to_pure_dict(nnx.state(network, nnx.BatchStat)))
+        return logits, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
-    return Functions(init, predict, measure, lambda path: momenta[tuple(key.key for key in path)])
+    def measure(params, batch_stats, batch):
+        logits, measured = apply(measuring, params, _at_zero(batch_stats), batch)
+        return logits, _as_moments(measured)
+
+    def momentum(path):
+        return momenta[tuple(key.key for key in path)]
+
+    return Functions(init, predict, partial(apply, training), measure, momentum)
 
 
 def is_averages(node: Any) -> bool:
@@ -113,7 +129,13 @@ def _at_zero(batch_stats: Any) -> Any:
 
 
 def _as_moments(batch_stats: Any) -> Any:
-    return jax.tree.map(lambda m: Moments(m["mean"], m["var"], m["count"]), batch_stats, is_leaf=is_averages)
+    def moments(measured):
+        if "count" not in measured:
+            rule = "must be those of jaxnorm, and be handed its attribute momentum"
+            raise ValueError(f"training: the batch normalizations of the network {rule}.")
+        return Moments(measured["mean"], measured["var"], measured["count"])
+
+    return jax.tree.map(moments, batch_stats, is_leaf=is_averages)
 
 
 def merged(a: Any, b: Any) -> Any:

@@ -126,33 +126,37 @@ def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
     return {"loss": jnp.sum(weight * losses), "correct": jnp.sum(weight * correct), "count": jnp.sum(weight)}
 
 
-def _gradients(functions: Functions, state: TrainState, batch: Batch, total: jax.Array) -> tuple[Any, Metrics, Any]:
-    """Gradients of the summed loss divided by ``total``, the metrics, and the moments."""
+def _gradients(forward: Callable, state: TrainState, batch: Batch, total: jax.Array) -> tuple[Any, Metrics, Any]:
+    """Gradients of the summed loss divided by ``total``, the metrics, and what else ``forward`` returns."""
 
     def loss_of(params):
-        logits, moments = functions.measure(params, state.batch_stats, batch)
+        logits, others = forward(params, state.batch_stats, batch)
         metrics = _metrics(logits, batch)
-        return metrics["loss"] / total, (metrics, moments)
+        return metrics["loss"] / total, (metrics, others)
 
-    grads, (metrics, moments) = jax.grad(loss_of, has_aux=True)(state.params)
-    return grads, metrics, moments
+    grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(state.params)
+    return grads, metrics, others
 
 
 def _accumulated(
     functions: Functions, state: TrainState, batch: Batch, total: jax.Array, parts: int
 ) -> tuple[Any, Metrics, Any]:
-    """`_gradients` over ``parts`` microbatches, one after the other: sums are added, moments merged by count."""
+    """`_gradients` over ``parts`` microbatches, one after the other, and averages that have seen all as one batch.
+
+    Gradients and metrics are added, moments merged by count.
+    """
     if parts == 1:
-        return _gradients(functions, state, batch, total)
+        return _gradients(functions.train, state, batch, total)
     # every part takes one example in so many, so that each device works on each part
     micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-    first = _gradients(functions, state, jax.tree.map(lambda a: a[0], micro), total)
+    first = _gradients(functions.measure, state, jax.tree.map(lambda a: a[0], micro), total)
 
     def add(done, part):
-        grads, metrics, moments = _gradients(functions, state, part, total)
+        grads, metrics, moments = _gradients(functions.measure, state, part, total)
         return (*jax.tree.map(jnp.add, done[:2], (grads, metrics)), merged(done[2], moments)), None
 
-    return lax.scan(add, first, jax.tree.map(lambda a: a[1:], micro))[0]
+    grads, metrics, moments = lax.scan(add, first, jax.tree.map(lambda a: a[1:], micro))[0]
+    return grads, metrics, averaged(state.batch_stats, moments, functions.momentum)
 
 
 def make_train_step(
@@ -166,9 +170,10 @@ def make_train_step(
     """A compiled step ``state, batch -> state, metrics``. The state given is consumed.
 
     Args:
-      model: a Linen module with an attribute ``momentum`` (and, for the road "shard_map", ``axis_name``) that it hands
-        to its batch normalizations, called as ``model(images, train=train, mask=mask)``; or a module of NNX, called as
-        ``model(images, mask=mask)``. The mask says which examples count; batch normalizations are those of `jaxnorm`.
+      model: of Linen, called as ``model(images, train=train, mask=mask)``, or of NNX, called as ``model(images,
+        mask=mask)``; the mask, of shape ``(batch,)``, says which examples count. With microbatches, and for what else
+        needs moments, the batch normalizations must be those of `jaxnorm`, and a Linen module must hand them its
+        attribute ``momentum``; for the road "shard_map" also its ``axis_name``.
       optimizer: from optax.
       mesh: over all of whose axes the batch is sharded.
       road: "jit" or "shard_map", which give the same numbers.
@@ -187,21 +192,20 @@ def make_train_step(
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(names))
     functions = functions_of(model, None if road == "jit" else names)
 
-    def apply(state, grads, moments):
+    def apply(state, grads, batch_stats):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        batch_stats = averaged(state.batch_stats, moments, functions.momentum)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
 
     def with_jit(state, batch):
-        grads, metrics, moments = _accumulated(functions, state, batch, jnp.sum(batch["mask"]), accumulate)
-        return apply(state, grads, moments), metrics
+        grads, metrics, batch_stats = _accumulated(functions, state, batch, jnp.sum(batch["mask"]), accumulate)
+        return apply(state, grads, batch_stats), metrics
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(names)), out_specs=(P(), P()))
     def with_shard_map(state, batch):
         mine = state._replace(params=lax.pcast(state.params, names, to="varying"))
         mean_count = lax.pmean(jnp.sum(batch["mask"], dtype=jnp.float32), names)
-        grads, metrics, moments = _accumulated(functions, mine, batch, mean_count, accumulate)
-        return apply(state, lax.pmean(grads, names), moments), lax.psum(metrics, names)
+        grads, metrics, batch_stats = _accumulated(functions, mine, batch, mean_count, accumulate)
+        return apply(state, lax.pmean(grads, names), batch_stats), lax.psum(metrics, names)
 
     compiled = jax.jit(
         with_jit if road == "jit" else with_shard_map,
