@@ -272,7 +272,7 @@ def test_recalibration_rescues_stale_averages():
     train, test = training.load_digits()
     state = training.init_state(model, optimizer, (8, 8, 1), seed=0, mesh=mesh)
     step, eval_step = training.make_train_step(model, optimizer, mesh), training.make_eval_step(model, mesh)
-    for epoch in range(8):
+    for epoch in range(12):
         for batch in training.batches(train, 128, seed=epoch):
             state, _ = step(state, training.shard_batch(batch, mesh))
 

@@ -14,6 +14,10 @@ from jaxnorm import nnx as norms
 from jaxnorm._axes import AxisNames
 
 Batch = dict[str, Any]
+_NOT_OURS = (
+    "training: the batch normalizations of the network must be those of jaxnorm, and a network of Linen must hand them"
+    " its attribute momentum."
+)
 
 
 class Functions(NamedTuple):
@@ -68,7 +72,7 @@ def _of_linen(model: Any, axis_name: AxisNames | None) -> Functions:
         return logits, updates.get("batch_stats", {})
 
     def measure(params, batch_stats, batch):
-        logits, measured = apply(measuring, params, _at_zero(batch_stats), batch)
+        logits, measured = apply(measuring, params, jax.tree.map(jnp.zeros_like, batch_stats), batch)
         return logits, _as_moments(measured)
 
     return Functions(init, predict, partial(apply, training), measure, lambda path: getattr(model, "momentum", None))
@@ -102,7 +106,10 @@ def _of_nnx(model: nnx.Module, axis_name: AxisNames | None) -> Functions:
         return logits, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
     def measure(params, batch_stats, batch):
-        logits, measured = apply(measuring, params, _at_zero(batch_stats), batch)
+        start = jax.tree.map(_counting_from_zero, batch_stats, is_leaf=is_averages)
+        if len(momenta) != len(jax.tree.leaves(start, is_leaf=is_averages)):
+            raise ValueError(_NOT_OURS)
+        logits, measured = apply(measuring, params, start, batch)
         return logits, _as_moments(measured)
 
     def momentum(path):
@@ -121,18 +128,14 @@ def is_moments(node: Any) -> bool:
     return isinstance(node, Moments)
 
 
-def _at_zero(batch_stats: Any) -> Any:
-    def start(old):
-        return dict.fromkeys(("mean", "var", "count"), jnp.zeros_like(old["var"]))
-
-    return jax.tree.map(start, batch_stats, is_leaf=is_averages)
+def _counting_from_zero(averages: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return dict.fromkeys(("mean", "var", "count"), jnp.zeros_like(averages["var"]))
 
 
 def _as_moments(batch_stats: Any) -> Any:
     def moments(measured):
         if "count" not in measured:
-            rule = "must be those of jaxnorm, and be handed its attribute momentum"
-            raise ValueError(f"training: the batch normalizations of the network {rule}.")
+            raise ValueError(_NOT_OURS)
         return Moments(measured["mean"], measured["var"], measured["count"])
 
     return jax.tree.map(moments, batch_stats, is_leaf=is_averages)
