@@ -8,14 +8,11 @@ the two run side by side, so that the share printed is an upper bound on what th
 """
 
 import argparse
-import tempfile
 import time
 
 import jax
-from rich.console import Console
-from rich.progress import Progress
 
-from jaxnorm.training.__main__ import Run, parse
+from jaxnorm.training import Run, Settings
 
 
 def host_and_device(run: Run) -> tuple[float, float]:
@@ -30,11 +27,9 @@ def host_and_device(run: Run) -> tuple[float, float]:
         return result
 
     run.train_step = waiting
-    with Progress(console=Console(quiet=True)) as progress:
-        task = progress.add_task("training", total=None, speed="")
-        began = time.perf_counter()
-        run.train_epoch(int(run.state.step) // run.steps, progress, task)
-        wall = time.perf_counter() - began
+    began = time.perf_counter()
+    run.train_epoch(int(run.state.step) // run.steps)
+    wall = time.perf_counter() - began
     run.train_step = step
     return (wall - sum(waits)) / len(waits), sum(waits) / len(waits)
 
@@ -46,14 +41,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = ["--model", arguments.model, "--batch-size", str(arguments.batch_size), "--data", "synthetic"]
-        run = Run(parse([*settings, "--epochs", "2", "--devices", "1", "--out", folder]))
-        run.train = type(run.train)(*(part[: arguments.steps * arguments.batch_size] for part in run.train))
-        run.steps = arguments.steps
-        host_and_device(run)  # compiles
-        host, device = host_and_device(run)
-        run.checkpoints.close()
+    run = Run(Settings(arguments.model, data="synthetic", batch_size=arguments.batch_size, epochs=2, devices=1))
+    run.train = type(run.train)(*(part[: arguments.steps * arguments.batch_size] for part in run.train))
+    run.steps = arguments.steps
+    host_and_device(run)  # compiles
+    host, device = host_and_device(run)
     print(
         f"{arguments.model}, 32x32 images, batch {arguments.batch_size}, {jax.devices()[0].platform}: "
         f"host {1e3 * host:.1f} ms, device {1e3 * device:.0f} ms a step; host {100 * host / (host + device):.1f} %"

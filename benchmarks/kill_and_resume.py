@@ -1,87 +1,144 @@
-"""Kill training at random moments, resume it, and compare what comes out with a run that nobody killed.
+"""Interrupt training at random moments, fill its disk, resume it, and compare with a run that nothing happened to.
 
     python benchmarks/kill_and_resume.py --attempts 20
 
-Each attempt starts a run that writes a checkpoint every three steps, ends it by SIGKILL after a random time, once or
-twice, and lets the last one finish. Parameters, running averages and optimizer state must be equal, bit by bit.
+For each of SIGKILL, SIGTERM and SIGINT, each attempt starts a run that writes a checkpoint every five steps, sends it
+the signal at a random moment after its first step, and lets a resumed run finish. Then a run writes to a disk with
+room for one checkpoint (where one can be mounted), ends in one line, is given room, and finishes. Parameters, running
+averages and optimizer state must be equal bit by bit, and so must all metrics.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-SETTINGS = ["--epochs", "3", "--devices", "2", "--save-every", "3", "--batch-size", "128"]
+from jaxnorm.training._report import read_metrics
+
+SETTINGS = ["--model", "mlp", "--epochs", "10", "--devices", "2", "--save-every", "5"]
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def start(out: Path) -> subprocess.Popen:
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
     """A run that goes on from what is in ``out``, if anything is."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "jaxnorm.training", *SETTINGS, "--out", str(out), "--resume"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "jaxnorm.training", *SETTINGS, "--out", str(out), "--resume", *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(out: Path) -> dict:
-    """Let a run end; its final state."""
+def wait_for(kind: str, out: Path, process: subprocess.Popen[str]) -> float:
+    """Wait until the metrics of a run have such a record, or it ended; the time of that."""
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and f'"{kind}"' in metrics.read_text()):
+        time.sleep(0.01)
+    return time.perf_counter()
+
+
+def finish(out: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """Let a run end; its final state, and its metrics but for the speeds."""
     process = start(out)
-    printed, _ = process.communicate(timeout=300)
+    _, printed = process.communicate(timeout=600)
     if process.returncode:
         raise RuntimeError(f"the resumed run failed:\n{printed}")
     last = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((out / "checkpoints" / str(last) / "state").absolute())
+        state = jax.device_get(checkpointer.restore((out / "checkpoints" / str(last) / "state").absolute()))
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    records, _ = read_metrics(out / "metrics.jsonl")
+    return state, [{k: v for k, v in record.items() if k != "examples_per_second"} for record in records]
 
 
-def kill_and_resume(attempts: int, seed: int, folder: Path) -> list[list[float]]:
-    """Try ``attempts`` times; return the seconds after which each run was killed.
+def check_same(actual: tuple[Any, list], expected: tuple[Any, list]) -> None:
+    """Raise unless two runs ended with the same state and metrics."""
+    assert jax.tree.structure(actual[0]) == jax.tree.structure(expected[0])
+    for a, b in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert actual[1] == expected[1], "metrics differ"
 
-    Raises:
-      AssertionError: a run came out different from the uninterrupted one.
-    """
-    chance = random.Random(seed)
-    began = time.perf_counter()
-    expected = jax.device_get(finish(folder / "uninterrupted"))
-    longest = time.perf_counter() - began
-    kills = []
-    for attempt in range(attempts):
-        out, times = folder / f"attempt-{attempt}", []
-        for _ in range(chance.randint(1, 2)):
-            process = start(out)
-            delay = chance.uniform(0.4, 0.95) * longest  # before that, Python and the compiler are starting
-            try:
-                process.communicate(timeout=delay)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                times.append(delay)
-        actual = jax.device_get(finish(out))
-        assert jax.tree.structure(actual) == jax.tree.structure(expected)
-        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(a, b)
-        kills.append(times)
-        print(f"attempt {attempt + 1}: killed after {', '.join(f'{t:.1f} s' for t in times)}; the same", flush=True)
-    return kills
+
+def interrupt(number: signal.Signals, out: Path, seconds: float) -> str:
+    """Start a run, send it a signal so many seconds after its first step; say how it ended."""
+    process = start(out)
+    wait_for("train", out, process)
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=600)
+    records, _ = read_metrics(out / "metrics.jsonl")
+    if any(record["kind"] == "result" for record in records):
+        return "was done"
+    if number == signal.SIGKILL:
+        return f"killed after step {records[-1]['step']} or the next"
+    stopped = re.search(rf"{number.name}: stopped after step (\d+), which is saved", printed)
+    assert process.returncode == 128 + number, (process.returncode, printed)
+    assert stopped, printed
+    assert len(printed.splitlines()) == 1, printed
+    return f"stopped after step {stopped[1]}"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    """Mount one; yields whether that is allowed."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    try:
+        yield mounted.returncode == 0
+    finally:
+        if mounted.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+
+
+def fill_the_disk(folder: Path, expected: tuple[Any, list]) -> str:
+    """A run on a disk that has room for one checkpoint, then more room; say how it ended."""
+    with small_disk(folder, "2500k") as mounted:
+        if not mounted:
+            return "no disk can be mounted here: not tried"
+        process = start(folder / "run")
+        _, printed = process.communicate(timeout=600)
+        assert process.returncode == 1, (process.returncode, printed)
+        (line,) = printed.splitlines()
+        assert str(folder / "run") in line, line
+        assert "Make room" in line, line
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        check_same(finish(folder / "run"), expected)
+    return line.removeprefix(str(folder))
 
 
 def main() -> None:
     """Read the arguments and try."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attempts", type=int, default=20)
+    parser.add_argument("--attempts", type=int, default=20, help="for each signal")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)  # the states read back are laid out over as many
-    with tempfile.TemporaryDirectory() as folder:
-        kills = kill_and_resume(settings.attempts, settings.seed, Path(folder))
-    print(f"{sum(map(len, kills))} kills in {len(kills)} runs: every final state equal to the uninterrupted one")
+    chance = random.Random(settings.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = start(folder / "undisturbed")
+        began, ended = (wait_for(kind, folder / "undisturbed", process) for kind in ("train", "result"))
+        process.communicate()
+        expected = finish(folder / "undisturbed")
+        for number in SIGNALS:
+            for attempt in range(settings.attempts):
+                out = folder / f"{number.name}-{attempt}"
+                how = interrupt(number, out, chance.uniform(0, ended - began))
+                check_same(finish(out), expected)
+                print(f"{number.name} {attempt + 1}: {how}; resumed, the same", flush=True)
+        print(f"a full disk: {fill_the_disk(folder / 'disk', expected)}", flush=True)
+    print(f"{settings.attempts} of each signal: every final state and metric equal to the undisturbed run's")
 
 
 if __name__ == "__main__":

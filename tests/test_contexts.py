@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from checks import assert_close
+from checks import assert_close, pairwise
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -268,10 +268,15 @@ def sharded_arguments(replicas, args):
     return jax.device_put(args, (data, replicated, replicated, data, data))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("groups", [None, GROUPS], ids=["all", "groups"])
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("shape", [SHAPE, (16, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "check_vma", "groups", "masked"),
+    pairwise(
+        {str(shape): shape for shape in (SHAPE, (16, 3))},
+        {"checked": True, "unchecked": False},
+        {"all": None, "groups": GROUPS},
+        {"plain": False, "masked": True},
+    ),
+)
 def test_collectives_of_a_step_with_axis_name(rng, shape, check_vma, groups, masked):
     """One forward, one backward: for the gradient of x, and for scale and bias too where jax knows they are shared."""
     args = sharded_arguments(REPLICAS, problem(rng, masked, shape))

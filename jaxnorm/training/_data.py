@@ -4,7 +4,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,9 @@ import numpy as np
 from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.model_selection import train_test_split
 
+from jaxnorm.training._failure import Failure
+
+DATA = ("digits", "mnist", "cifar10", "synthetic")
 # How other formats, and IDX files of the other sort, give themselves away: where, by which bytes.
 _SIGNATURES = {
     "a gzip file": (0, b"\x1f\x8b"),
@@ -22,6 +25,14 @@ _SIGNATURES = {
 }
 _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_RECORD = 1 + math.prod(_CIFAR_SHAPE)
+
+
+class DataError(Failure, ValueError):
+    """Data that are not what they should be."""
+
+
+class MissingDataError(Failure, FileNotFoundError):
+    """A file that is not where it should be."""
 
 
 class Split(NamedTuple):
@@ -71,35 +82,49 @@ def load_mnist(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
 
 
 def _load_mnist_part(folder: Path, part: str) -> Split:
-    images_path, images = _read_idx(folder, f"{part}-images-idx3-ubyte", ndim=3)
-    labels_path, labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", ndim=1)
+    labels_path, sizes, read_labels = _open_idx(folder, f"{part}-labels-idx1-ubyte", ndim=1)
+    images_path, shape, read_images = _open_idx(folder, f"{part}-images-idx3-ubyte", ndim=3)
     where = f"load_mnist: {labels_path}"
-    _require(
-        len(labels) == len(images), where, f"{len(images)} labels, one for each image of {images_path}", len(labels)
-    )
-    return _split(where, images[..., None], labels)
+    _require(sizes[0] == shape[0], where, f"{shape[0]} labels, one for each image of {images_path}", sizes[0])
+    return _split(where, read_images()[..., None], read_labels())
 
 
-def _read_idx(folder: Path, name: str, ndim: int) -> tuple[Path, np.ndarray]:
-    """The path and the bytes of an IDX file: 0, 0, the type (8: bytes), ``ndim``, the sizes (big endian), the bytes."""
+def _open_idx(folder: Path, name: str, ndim: int) -> tuple[Path, tuple[int, ...], Callable[[], np.ndarray]]:
+    """The path of an IDX file, its sizes, and a function that reads its bytes, no more of them than the sizes say.
+
+    The file begins with 0, 0, the type (8: bytes), ``ndim`` and the sizes (big endian).
+    """
     path = _find("load_mnist", folder, [name, f"{name}.gz"])
     where = f"load_mnist: {path}"
-    content = path.read_bytes()
-    if path.suffix == ".gz":
+
+    def read(size: int) -> bytes:
+        parts = []
         try:
-            content = gzip.decompress(content)
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                while part := file.read(min(size, 2**20)):  # a buffer is as large as what is asked for
+                    parts.append(part)
+                    size -= len(part)
+                return b"".join(parts)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{where}: expected a whole gzip file; found it broken: {error}.") from error
+            raise DataError(f"{where}: expected a whole gzip file; found it broken: {error}.") from error
+
+    header = 4 + 4 * ndim
+    content = read(512)
     magic = bytes([0, 0, 8, ndim])
     found = (content[:4].hex(" ") or "no bytes") + _kind(content)
     _require(content[:4] == magic, where, f"the bytes {magic.hex(' ')} at its beginning", found)
-    header = 4 + 4 * ndim
     _require(len(content) >= header, where, f"a header of {header} bytes", f"{len(content)} bytes in all")
     shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
     _require(min(shape) > 0, where, "sizes of at least 1 in its header", _times(shape))
-    size = header + math.prod(shape)
-    _require(len(content) == size, where, f"{size} bytes, {header} + {_times(shape)}", f"{len(content)} bytes")
-    return path, np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+    def pixels() -> np.ndarray:
+        size = header + math.prod(shape)
+        content = read(size + 1)
+        found = "more" if len(content) > size else f"{len(content)} bytes"
+        _require(len(content) == size, where, f"{size} bytes, {header} + {_times(shape)}", found)
+        return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+    return path, shape, pixels
 
 
 def load_cifar10(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
@@ -137,6 +162,17 @@ def _read_cifar10(folder: Path, name: str) -> Split:
     )
     records = np.frombuffer(content, np.uint8).reshape(-1, _CIFAR_RECORD)
     return _split(where, records[:, 1:].reshape(-1, *_CIFAR_SHAPE).transpose(0, 2, 3, 1), records[:, 0])
+
+
+def num_classes(train: Split, test: Split) -> int:
+    """How many classes there are: those of the training labels, and the test has no others.
+
+    Raises:
+      ValueError: it has.
+    """
+    count, largest = int(train.labels.max()) + 1, int(test.labels.max())
+    _require(largest < count, "test labels", f"0 to {count - 1}, as in training", largest)
+    return count
 
 
 def synthetic(count: int, shape: Sequence[int], num_classes: int = 10, seed: int = 0) -> Split:
@@ -241,7 +277,7 @@ def _find(loader: str, folder: Path, names: list[str], hint: str = "") -> Path:
         found = f"only {', '.join(entries[:10])}{', ...' * (len(entries) > 10)}" if entries else "it empty"
     else:
         found = "a file instead of a folder" if folder.is_file() else "no such folder"
-    raise FileNotFoundError(f"{loader}: {folder}: expected {' or '.join(names)} in this folder{hint}; found {found}.")
+    raise MissingDataError(f"{loader}: {folder}: expected {' or '.join(names)} in this folder{hint}; found {found}.")
 
 
 def _split(where: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
@@ -253,7 +289,7 @@ def _split(where: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
 
 def _require(holds: object, where: str, expected: str, found: object) -> None:
     if not holds:
-        raise ValueError(f"{where}: expected {expected}; found {found}.")
+        raise DataError(f"{where}: expected {expected}; found {found}.")
 
 
 def _kind(content: bytes) -> str:

@@ -23,7 +23,7 @@ class Norm(nn.Module):
     """
 
     kind: str
-    momentum: float
+    momentum: float | None
     dtype: Any
     axis_name: AxisNames | None
     activation: str | None
@@ -60,7 +60,7 @@ class _Network(nn.Module):
       num_classes: how many classes.
       norm: one of `NORMS`.
       place: where the normalization is, "before" or "after" the activation.
-      momentum: weight of the old running averages.
+      momentum: weight of the old running averages; None for cumulative ones.
       dtype: of the computation; parameters and statistics stay float32.
       axis_name: mapped axis over which replicas share batch statistics.
       activation: one of `ACTIVATIONS`.
@@ -70,7 +70,7 @@ class _Network(nn.Module):
     num_classes: int = 10
     norm: str = "batch"
     place: str = "before"
-    momentum: float = 0.9
+    momentum: float | None = 0.9
     dtype: Any = jnp.float32
     axis_name: AxisNames | None = None
     activation: str = "relu"

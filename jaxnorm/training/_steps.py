@@ -6,6 +6,7 @@ statistics are those of all devices. On the explicit one, ``shard_map``, each de
 statistics are shared by ``axis_name`` and gradients by ``pmean``.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm import Moments, RunningStats, merge_moments, update_running
+from jaxnorm.training._functions import Batch, Functions, averaged, functions_of, is_moments, merged, replaced
 
-Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 ROADS = ("jit", "shard_map")
+OPTIMIZERS = ("sgd", "adam")
 
 
 class TrainState(NamedTuple):
@@ -32,7 +34,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: how many updates were made.
       params: learned by gradient descent.
-      batch_stats: running averages, written by the batch normalization layers.
+      batch_stats: running averages of the batch normalization layers.
       opt_state: of the optimizer.
     """
 
@@ -59,33 +61,45 @@ def make_optimizer(
     Raises:
       ValueError: an unknown name.
     """
-    scalings = {"sgd": optax.trace(0.9, nesterov=True), "adam": optax.scale_by_adam()}
-    if name not in scalings:
-        raise ValueError(f"make_optimizer: name must be one of {', '.join(scalings)}; got {name!r}.")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"make_optimizer: name must be one of {', '.join(OPTIMIZERS)}; got {name!r}.")
 
     def decayed(params):
         return jax.tree.map(lambda p: decay_all or p.ndim > 1, params)
 
     return optax.chain(
-        scalings[name], optax.add_decayed_weights(weight_decay, decayed), optax.scale_by_learning_rate(learning_rate)
+        optax.trace(0.9, nesterov=True) if name == "sgd" else optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], *, seed: int, mesh: Mesh
+    model: nn.Module | nnx.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...] | None = None,
+    *,
+    seed: int = 0,
+    mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step, on every device of ``mesh``."""
+    """The state before the first step, on every device of ``mesh``.
+
+    Args:
+      model: see `make_train_step`. A module of NNX brings its parameters; those of a Linen module are made here,
+      optimizer: from optax.
+      image_shape: for images of this shape,
+      seed: from this seed.
+      mesh: of devices.
+
+    Returns:
+      The state, which shares no array with ``model``.
+    """
+    functions = functions_of(model)
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def init(key):
-        variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
-        params = variables["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(params),
-        )
+        params, batch_stats = functions.init(key, image_shape)
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
     return init(jax.random.key(seed))
 
@@ -94,6 +108,13 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The parts of a batch that the processes hold, as one array sharded over ``mesh``."""
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+@jax.jit
+def all_finite(state: Any) -> jax.Array:
+    """Whether every number of ``state`` is finite."""
+    numbers = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
 
 
 def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
@@ -105,70 +126,41 @@ def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
     return {"loss": jnp.sum(weight * losses), "correct": jnp.sum(weight * correct), "count": jnp.sum(weight)}
 
 
-def _is_moments(node: Any) -> bool:
-    return isinstance(node, Moments)
-
-
-def _forward(model: nn.Module, params: Any, batch_stats: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    """Logits by batch statistics, and the `Moments` of each batch normalization in the places of its averages."""
-    variables = {"params": params, "batch_stats": batch_stats}
-    logits, updates = model.apply(
-        variables, batch["image"], train=True, mask=batch["mask"], mutable=["batch_stats", "intermediates"]
-    )
-
-    def moments(stats, sown):
-        if "mean" in stats:
-            return sown["moments"][0]
-        return {name: moments(inner, sown[name]) for name, inner in stats.items()}
-
-    return logits, moments(batch_stats, updates.get("intermediates", {}))
-
-
-def _averaged(batch_stats: Any, moments: Any, momentum: float) -> Any:
-    """Running averages after the batches of which ``moments`` are the merged moments."""
-
-    def update(stats, batch):
-        if isinstance(batch, Moments):
-            old = RunningStats(stats["mean"], stats["var"], jnp.zeros_like(batch.count))
-            new = update_running(old, batch, alpha=1 - momentum)
-            return {"mean": new.mean, "var": new.var}
-        return {name: update(inner, batch[name]) for name, inner in stats.items()}
-
-    return update(batch_stats, moments)
-
-
-def _gradients(model: nn.Module, state: TrainState, batch: Batch, total: jax.Array) -> tuple[Any, Metrics, Any]:
-    """Gradients of the summed loss divided by ``total``, the metrics, and the moments."""
+def _gradients(forward: Callable, state: TrainState, batch: Batch, total: jax.Array) -> tuple[Any, Metrics, Any]:
+    """Gradients of the summed loss divided by ``total``, the metrics, and what else ``forward`` returns."""
 
     def loss_of(params):
-        logits, moments = _forward(model, params, state.batch_stats, batch)
+        logits, others = forward(params, state.batch_stats, batch)
         metrics = _metrics(logits, batch)
-        return metrics["loss"] / total, (metrics, moments)
+        return metrics["loss"] / total, (metrics, others)
 
-    grads, (metrics, moments) = jax.grad(loss_of, has_aux=True)(state.params)
-    return grads, metrics, moments
+    grads, (metrics, others) = jax.grad(loss_of, has_aux=True)(state.params)
+    return grads, metrics, others
 
 
 def _accumulated(
-    model: nn.Module, state: TrainState, batch: Batch, total: jax.Array, parts: int
+    functions: Functions, state: TrainState, batch: Batch, total: jax.Array, parts: int
 ) -> tuple[Any, Metrics, Any]:
-    """`_gradients` over ``parts`` microbatches, one after the other: sums are added, moments merged by count."""
+    """`_gradients` over ``parts`` microbatches, one after the other, and averages that have seen all as one batch.
+
+    Gradients and metrics are added, moments merged by count.
+    """
     if parts == 1:
-        return _gradients(model, state, batch, total)
+        return _gradients(functions.train, state, batch, total)
     # every part takes one example in so many, so that each device works on each part
     micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-    first = _gradients(model, state, jax.tree.map(lambda a: a[0], micro), total)
+    first = _gradients(functions.measure, state, jax.tree.map(lambda a: a[0], micro), total)
 
     def add(done, part):
-        grads, metrics, moments = _gradients(model, state, part, total)
-        merged = jax.tree.map(merge_moments, done[2], moments, is_leaf=_is_moments)
-        return (*jax.tree.map(jnp.add, done[:2], (grads, metrics)), merged), None
+        grads, metrics, moments = _gradients(functions.measure, state, part, total)
+        return (*jax.tree.map(jnp.add, done[:2], (grads, metrics)), merged(done[2], moments)), None
 
-    return lax.scan(add, first, jax.tree.map(lambda a: a[1:], micro))[0]
+    grads, metrics, moments = lax.scan(add, first, jax.tree.map(lambda a: a[1:], micro))[0]
+    return grads, metrics, averaged(state.batch_stats, moments, functions.momentum)
 
 
 def make_train_step(
-    model: Any,
+    model: nn.Module | nnx.Module,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
@@ -178,7 +170,10 @@ def make_train_step(
     """A compiled step ``state, batch -> state, metrics``. The state given is consumed.
 
     Args:
-      model: one of the networks of this package.
+      model: of Linen, called as ``model(images, train=train, mask=mask)``, or of NNX, called as ``model(images,
+        mask=mask)``; the mask, of shape ``(batch,)``, says which examples count. With microbatches, and for what else
+        needs moments, the batch normalizations must be those of `jaxnorm`, and a Linen module must hand them its
+        attribute ``momentum``; for the road "shard_map" also its ``axis_name``.
       optimizer: from optax.
       mesh: over all of whose axes the batch is sharded.
       road: "jit" or "shard_map", which give the same numbers.
@@ -195,22 +190,22 @@ def make_train_step(
         raise ValueError(f"make_train_step: road must be one of {', '.join(ROADS)}; got {road!r}.")
     names = mesh.axis_names
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(names))
+    functions = functions_of(model, None if road == "jit" else names)
 
-    def apply(state, grads, moments):
+    def apply(state, grads, batch_stats):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        batch_stats = _averaged(state.batch_stats, moments, model.momentum)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
 
     def with_jit(state, batch):
-        grads, metrics, moments = _accumulated(model, state, batch, jnp.sum(batch["mask"]), accumulate)
-        return apply(state, grads, moments), metrics
+        grads, metrics, batch_stats = _accumulated(functions, state, batch, jnp.sum(batch["mask"]), accumulate)
+        return apply(state, grads, batch_stats), metrics
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(names)), out_specs=(P(), P()))
     def with_shard_map(state, batch):
         mine = state._replace(params=lax.pcast(state.params, names, to="varying"))
         mean_count = lax.pmean(jnp.sum(batch["mask"], dtype=jnp.float32), names)
-        grads, metrics, moments = _accumulated(model.clone(axis_name=names), mine, batch, mean_count, accumulate)
-        return apply(state, lax.pmean(grads, names), moments), lax.psum(metrics, names)
+        grads, metrics, batch_stats = _accumulated(functions, mine, batch, mean_count, accumulate)
+        return apply(state, lax.pmean(grads, names), batch_stats), lax.psum(metrics, names)
 
     compiled = jax.jit(
         with_jit if road == "jit" else with_shard_map,
@@ -231,40 +226,72 @@ def make_train_step(
     return step
 
 
-def make_eval_step(model: nn.Module, mesh: Mesh) -> Callable[[TrainState, Batch], Metrics]:
+def make_eval_step(model: nn.Module | nnx.Module, mesh: Mesh) -> Callable[[TrainState, Batch], Metrics]:
     """A compiled step ``state, batch -> metrics`` that normalizes by the running averages."""
+    functions = functions_of(model)
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names))
 
     @partial(jax.jit, in_shardings=(replicated, sharded), out_shardings=replicated)
     def step(state: TrainState, batch: Batch) -> Metrics:
-        variables: Any = {"params": state.params, "batch_stats": state.batch_stats}
-        logits: Any = model.apply(variables, batch["image"], train=False)
-        return _metrics(logits, batch)
+        return _metrics(functions.predict(state.params, state.batch_stats, batch["image"]), batch)
 
     return step
 
 
-def make_moments_step(model: nn.Module, mesh: Mesh) -> Callable[[TrainState, Batch], Any]:
-    """A compiled step ``state, batch -> moments``: what each batch normalization measures, in a tree of `Moments`."""
+def make_measure_step(model: nn.Module | nnx.Module, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Metrics, Any]]:
+    """A compiled step ``state, batch -> metrics, moments`` that normalizes by the statistics of the batch.
+
+    The moments are those of each batch normalization, in a tree of `jaxnorm.Moments`. Examples that hold a value that
+    is not finite are left out; the metrics count them as ``left_out``, and as ``unmeasured`` batches of which the
+    moments of some layer are not finite all the same.
+    """
+    functions = functions_of(model)
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names))
 
     @partial(jax.jit, in_shardings=(replicated, sharded), out_shardings=replicated)
-    def step(state: TrainState, batch: Batch) -> Any:
-        return _forward(model, state.params, state.batch_stats, batch)[1]
+    def step(state: TrainState, batch: Batch) -> tuple[Metrics, Any]:
+        finite = jnp.all(jnp.isfinite(batch["image"]), range(1, batch["image"].ndim))
+        image = jnp.where(jnp.isfinite(batch["image"]), batch["image"], 0)
+        kept = batch | {"image": image, "mask": batch["mask"] & finite}
+        logits, moments = functions.measure(state.params, state.batch_stats, kept)
+        metrics = _metrics(logits, kept)
+        counts = [jnp.min(layer.count) for layer in jax.tree.leaves(moments, is_leaf=is_moments)]
+        unmeasured = (jnp.min(jnp.array([*counts, jnp.inf])) == 0) & (metrics["count"] > 0)
+        left_out = jnp.sum(batch["mask"] & ~finite)
+        return metrics | {"left_out": left_out, "unmeasured": unmeasured.astype(jnp.int32)}, moments
 
     return step
 
 
+def measure(
+    measure_step: Callable[[TrainState, Batch], tuple[Metrics, Any]], state: TrainState, data: Iterable[Batch]
+) -> tuple[Metrics, Any]:
+    """The sums and the moments of all batches together.
+
+    Raises:
+      ValueError: no batches.
+    """
+    merge = jax.jit(lambda a, b: (jax.tree.map(jnp.add, a[0], b[0]), merged(a[1], b[1])))
+    total = None
+    for batch in data:
+        measured = measure_step(state, batch)
+        total = measured if total is None else merge(total, measured)
+    if total is None:
+        raise ValueError("measure: data must hold at least one batch; got none.")
+    return total
+
+
 def recalibrate(
-    moments_step: Callable[[TrainState, Batch], Any], state: TrainState, data: Iterable[Batch]
+    measure_step: Callable[[TrainState, Batch], tuple[Metrics, Any]], state: TrainState, data: Iterable[Batch]
 ) -> TrainState:
     """Replace the running averages by the statistics of a data set, exactly; nothing else changes.
 
     Each layer's moments of all batches are merged by count, normalized by batch statistics below it as in training.
-    The remedy for stale averages, and what averaged weights need, since no averages were kept for them.
+    The remedy for stale averages or for averages that are not finite, and what averaged weights need, since no averages
+    were kept for them. Examples that hold a value that is not finite are left out, with a warning.
 
     Args:
-      moments_step: from `make_moments_step`.
+      measure_step: from `make_measure_step`.
       state: with the parameters to calibrate for.
       data: batches, as for training.
 
@@ -272,19 +299,22 @@ def recalibrate(
       ``state`` with other ``batch_stats``.
 
     Raises:
-      ValueError: no batches.
+      ValueError: no batches, no finite example, or parameters by which statistics are not finite.
 
     References:
       Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
-    merge = jax.jit(lambda a, b: jax.tree.map(merge_moments, a, b, is_leaf=_is_moments))
-    total = None
-    for batch in data:
-        moments = moments_step(state, batch)
-        total = moments if total is None else merge(total, moments)
-    if total is None:
-        raise ValueError("recalibrate: data must hold at least one batch; got none.")
-    return state._replace(batch_stats=_averaged(state.batch_stats, total, momentum=0.0))
+    sums, moments = measure(measure_step, state, data)
+    left_out, count = int(sums["left_out"]), int(sums["count"])
+    if left_out:
+        found = f"{left_out} of {left_out + count} examples hold values that are not finite"
+        if not count:
+            raise ValueError(f"recalibrate: {found}; there is nothing to measure.")
+        warnings.warn(f"recalibrate: {found}; they were left out.", stacklevel=2)
+    if sums["unmeasured"]:
+        rule = "the statistics of every batch of finite examples must be finite: check the parameters"
+        raise ValueError(f"recalibrate: {rule}; those of {int(sums['unmeasured'])} batches are not.")
+    return state._replace(batch_stats=replaced(state.batch_stats, moments))
 
 
 def mean_metrics(metrics: Iterable[Metrics]) -> dict[str, float]:
@@ -296,5 +326,12 @@ def mean_metrics(metrics: Iterable[Metrics]) -> dict[str, float]:
 def evaluate(
     eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, data: Iterable[Batch]
 ) -> dict[str, float]:
-    """Mean loss and accuracy of ``state`` over the batches of ``data``."""
-    return mean_metrics([eval_step(state, batch) for batch in data])
+    """Mean loss and accuracy of ``state`` over the batches of ``data``.
+
+    Raises:
+      ValueError: no batches.
+    """
+    sums = [eval_step(state, batch) for batch in data]
+    if not sums:
+        raise ValueError("evaluate: data must hold at least one batch; got none.")
+    return mean_metrics(sums)
