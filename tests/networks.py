@@ -123,17 +123,33 @@ class Generator(nn.Module):
         return nn.tanh(nn.ConvTranspose(3, (3, 3), (2, 2))(x))
 
 
-def randomized(variables, rng):
-    """Vectors as after some training: means and biases about zero, scales and variances about one, apart from it."""
+def randomized(abstract, rng):
+    """Variables of those shapes as after some training: means and biases about zero, scales and variances about one."""
 
     def value(path, a):
-        if a.ndim != 1:
-            return a
         name = jax.tree_util.keystr(path)
-        signed = rng.normal(size=a.shape) if "mean" in name or "bias" in name else rng.uniform(0.5, 1.5, a.shape)
+        if len(a.shape) > 1 and {1} != set(a.shape[:-1]):
+            signed = rng.normal(size=a.shape) * (2 / np.prod(a.shape[:-1])) ** 0.5
+        elif any(word in name for word in ("mean", "bias", "offset")):
+            signed = rng.normal(size=a.shape)
+        else:
+            signed = rng.uniform(0.5, 1.5, a.shape)
         return jnp.asarray(signed, a.dtype)
 
-    return jax.tree_util.tree_map_with_path(value, variables)
+    return jax.tree_util.tree_map_with_path(value, abstract)
+
+
+def linen_network(network, rng, x):
+    """The inference call and variables."""
+    return network.apply, randomized(jax.eval_shape(network.init, jax.random.key(0), x), rng)
+
+
+def nnx_network(make, rng):
+    """The inference call and state of what ``make`` makes, given ``rngs``."""
+    network = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    network.eval()
+    graphdef, state = nnx.split(network)
+    return lambda state, x: nnx.merge(graphdef, state)(x), randomized(state, rng)
 
 
 def images(rng, batch=2, size=8, channels=3):

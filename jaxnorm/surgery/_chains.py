@@ -223,7 +223,7 @@ def compose(links: Sequence[Link], constants: Sequence[Any], rank: int, dtype: A
     a, b = jnp.ones((1,) * rank, dtype), None
     rest = iter(constants)
     for link in links:
-        c = lay_out(next(rest), link.places, rank, dtype) if link.constant is not None else None
+        c: Any = lay_out(next(rest), link.places, rank, dtype) if link.constant is not None else None
         if link.kind == "add":
             b = c if b is None else b + c
         elif link.kind == "sub":

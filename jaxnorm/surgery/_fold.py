@@ -22,7 +22,7 @@ from jaxnorm.surgery._chains import (
     shifts,
     spread_out,
 )
-from jaxnorm.surgery._program import VARIABLES, Program, Step, Value, evaluate
+from jaxnorm.surgery._program import INPUTS, VARIABLES, Program, Step, Value, evaluate
 from jaxnorm.surgery._report import FoldedNorm, Report
 
 
@@ -64,7 +64,7 @@ def fold(apply: Callable[..., Any], variables: Any, *inputs: Any) -> Folded:
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxnorm import surgery
-      >>> variables = {"dense": {"kernel": jnp.array([[2.0]])}, "scale": jnp.array([3.0])}
+      >>> variables = {"dense": {"kernel": jnp.array([[2.0]])}, "scale": jnp.array([[3.0]])}
       >>> def apply(v, x):
       ...     return (x @ v["dense"]["kernel"]) * v["scale"]
       >>> folded = surgery.fold(apply, variables, jnp.ones((1, 1)))
@@ -103,7 +103,10 @@ class _Plan:
         tree, structs = variables
         closed, out = jax.make_jaxpr(apply, return_shape=True)(jax.tree.unflatten(tree, structs), *inputs)
         self.tree = jax.tree.structure(out)
-        self.program = Program(closed, paths)
+        kinds = [(VARIABLES, frozenset({path})) for path in paths]
+        kinds += [(INPUTS, frozenset())] * (len(closed.in_avals) - len(paths))
+        arguments = [Value(a, d, leaves=ls) for a, (d, ls) in zip(closed.in_avals, kinds, strict=True)]
+        self.program = Program(closed, arguments)
         self.report = _fold_program(self.program)
         self.early, self.late = self.program.split()
         self.names = _report.names(self.early)

@@ -76,13 +76,26 @@ class Step:
 class Program:
     """Steps in order, from ``variables`` and ``inputs`` to ``outputs``."""
 
-    def __init__(self, closed: core.ClosedJaxpr, paths: Sequence[tuple[str, ...]]):
-        avals = [v.aval for v in closed.jaxpr.invars]
-        self.variables = [Value(a, VARIABLES, leaves=frozenset({p})) for a, p in zip(avals, paths, strict=False)]
-        self.inputs = [Value(a) for a in avals[len(paths) :]]
+    def __init__(self, closed: core.ClosedJaxpr, arguments: Sequence[Value]):
+        self.variables = [v for v in arguments if v.depends == VARIABLES]
+        self.inputs = [v for v in arguments if v.depends == INPUTS]
         self.steps: list[Step] = []
-        self.outputs = self._inline(closed.jaxpr, closed.consts, [*self.variables, *self.inputs], "")
+        self.outputs = self._inline(closed.jaxpr, closed.consts, arguments, "")
         self.prune()
+
+    def bodies(self, step: Step) -> list["Program"]:
+        """The programs that a loop or a choice runs, each by itself."""
+        if step.name == "scan":
+            carried = range(step.params["num_consts"], step.params["num_consts"] + step.params["num_carry"])
+            closed, given = [step.params["jaxpr"]], step.inputs
+        elif step.name == "cond":
+            carried, closed, given = range(0), step.params["branches"], step.inputs[1:]
+        else:
+            return []
+        depends = [INPUTS if i in carried else v.depends for i, v in enumerate(given)]
+        avals = closed[0].in_avals
+        arguments = [Value(a, d, leaves=v.leaves) for a, d, v in zip(avals, depends, given, strict=True)]
+        return [Program(c, arguments) for c in closed]
 
     def _inline(self, jaxpr: Any, consts: Iterable[Any], arguments: Sequence[Value], scope: str) -> list[Value]:
         """Append the steps of ``jaxpr`` and of all that it calls."""

@@ -110,6 +110,14 @@ def folded(links: Sequence[Link], into: Sequence[Linear]) -> list[FoldedNorm]:
 
 def stayed(program: Program) -> list[FoldedNorm]:
     """The norms that are still in ``program``, and why."""
+    norms = [group.norm((), _reason(program, group)) for group in _norms(program)]
+    for step in program.steps:
+        for body in program.bodies(step):
+            norms += [norm._replace(reason=f"it is in a {step.name}", order=step.order) for norm in stayed(body)]
+    return norms
+
+
+def _norms(program: Program) -> list["_Group"]:
     grouped = _Groups()
     for step in program.steps:
         found = arithmetic(step)
@@ -121,7 +129,7 @@ def stayed(program: Program) -> list[FoldedNorm]:
             data = [v for v in before.inputs if v.depends == INPUTS]
             before = data[0].step if data else None
         grouped.add(step, kind, constant, grouped.of.get(before))
-    return [group.norm((), _reason(program, group)) for group in grouped.norms()]
+    return grouped.norms()
 
 
 class _Group:
@@ -148,7 +156,8 @@ class _Groups:
 
     def add(self, step: Step, kind: str, constant: Value | None, group: _Group | None) -> None:
         leaves = constant.leaves if constant is not None else frozenset()
-        if group is None or (leaves and group.leaves and not _parents(leaves) & _parents(group.leaves)):
+        apart = group is not None and leaves and group.leaves and not _parents(leaves) & _parents(group.leaves)
+        if group is None or (apart and not (step.scope and step.scope == group.steps[0].scope)):
             group = _Group()
             self.all.append(group)
         group.steps.append(step)
@@ -169,7 +178,7 @@ def _run(leaves: Any) -> str:
     first, *rest = sorted(path[:-1] or path for path in leaves) or [()]
     runs = [first[i:j] for i in range(len(first)) for j in range(len(first), i, -1)]
     common = [run for run in runs if all(_contains(path, run) for path in rest)]
-    longest = max(common, key=len, default=())
+    longest = max(common or [first, *rest], key=len)
     return "/".join(longest[1:] if longest[0:1] in (("params",), ("batch_stats",)) and len(longest) > 1 else longest)
 
 
