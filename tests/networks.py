@@ -144,12 +144,18 @@ def linen_network(network, rng, x):
     return network.apply, randomized(jax.eval_shape(network.init, jax.random.key(0), x), rng)
 
 
+def nnx_module(make, rng):
+    """What ``make`` makes, given ``rngs``, with other variables."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, randomized(state, rng))
+
+
 def nnx_network(make, rng):
-    """The inference call and state of what ``make`` makes, given ``rngs``."""
-    network = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    """The inference call and state of what ``make`` makes."""
+    network = nnx_module(make, rng)
     network.eval()
     graphdef, state = nnx.split(network)
-    return lambda state, x: nnx.merge(graphdef, state)(x), randomized(state, rng)
+    return lambda state, x: nnx.merge(graphdef, state)(x), state
 
 
 def images(rng, batch=2, size=8, channels=3):

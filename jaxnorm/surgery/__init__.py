@@ -2,6 +2,23 @@
 
 from jaxnorm.surgery._convert import CONVENTIONS, Convention, Converted, convert
 from jaxnorm.surgery._fold import Folded, fold
+from jaxnorm.surgery._freeze import freeze, frozen, frozen_mask, unfreeze
 from jaxnorm.surgery._report import FoldedNorm, Report
+from jaxnorm.surgery._swap import swap, swapped
 
-__all__ = ["CONVENTIONS", "Convention", "Converted", "Folded", "FoldedNorm", "Report", "convert", "fold"]
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "Converted",
+    "Folded",
+    "FoldedNorm",
+    "Report",
+    "convert",
+    "fold",
+    "freeze",
+    "frozen",
+    "frozen_mask",
+    "swap",
+    "swapped",
+    "unfreeze",
+]
