@@ -3,6 +3,7 @@
 from jaxnorm.surgery._convert import CONVENTIONS, Convention, Converted, convert
 from jaxnorm.surgery._fold import Folded, fold
 from jaxnorm.surgery._freeze import freeze, frozen, frozen_mask, unfreeze
+from jaxnorm.surgery._recalibrate import adapt, recalibrate
 from jaxnorm.surgery._report import FoldedNorm, Report
 from jaxnorm.surgery._swap import swap, swapped
 
@@ -13,11 +14,13 @@ __all__ = [
     "Folded",
     "FoldedNorm",
     "Report",
+    "adapt",
     "convert",
     "fold",
     "freeze",
     "frozen",
     "frozen_mask",
+    "recalibrate",
     "swap",
     "swapped",
     "unfreeze",
