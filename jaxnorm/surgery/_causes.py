@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxnorm import Moments
 
-EXPLAINED = 0.2
+EXPLAINED, STALE = 0.2, "stale"
 
 REMEDIES = {
     "never updated": "train with the collection mutable and its updates kept, or recalibrate",
@@ -24,7 +24,7 @@ REMEDIES = {
     "scaled differently": "prepare the inputs of evaluation as those of training",
     "batch of one": "larger batches, statistics over several devices (axis_name), or group norm",
     "not synchronized": "name the axis of the devices (axis_name), or average batch_stats over them",
-    "stale": "recalibrate on data such as this, or freeze the norms earlier in training",
+    STALE: "recalibrate on data such as this, or freeze the norms earlier in training",
 }
 
 
@@ -33,8 +33,8 @@ class Finding(NamedTuple):
 
     Attributes:
       path: of the norm.
-      cause: "never updated", "momentum too slow", "not finite", "wrong axis", "scaled differently", "batch of one", "not
-        synchronized" or "stale".
+      cause: "never updated", "momentum too slow", "not finite", "wrong axis", "scaled differently", "batch of one",
+        "not synchronized" or "stale".
       seen: what says so.
       remedy: what to do.
     """
@@ -184,10 +184,11 @@ def _by_distance(seen: Seen) -> list[tuple[str, str]]:
     if count.max() <= 1:
         return [("batch of one", "a batch holds one value of each feature")]
     drift, spread = seen.distance()
-    if drift < max(0.25, 3 / np.sqrt(count.max())) and abs(np.log(spread)) < 0.2:
+    ratios = np.log((var + seen.epsilon) / (seen.var + seen.epsilon)) / 2
+    if drift < max(0.25, 3 / np.sqrt(count.max())) and np.sqrt(np.mean(ratios**2)) < 0.2:
         return []
     weight, far = seen.initial_weight(), seen.misfit(mean, var)
-    scale = np.exp(np.mean(np.log((var + seen.epsilon) / (seen.var + seen.epsilon))) / 2)
+    scale = np.exp(np.mean(ratios))
     fits = {"batch of one": seen.misfit(mean, seen.batch["surgery_single"])}
     if weight is not None:
         fits["momentum too slow"] = seen.misfit((1 - weight) * mean, weight + (1 - weight) * var)
@@ -197,8 +198,8 @@ def _by_distance(seen: Seen) -> list[tuple[str, str]]:
         "batch of one": "the averages are those of single examples",
         "momentum too slow": f"initial values still weigh {weight or 0:.2f}",
         "scaled differently": f"the inputs are {scale:.3g} times those of training",
-        "stale": f"means {drift:.3g} deviations apart, deviations {spread:.3g} times the averages'",
+        STALE: f"means {drift:.3g} deviations apart, deviations {spread:.3g} times the averages'",
     }
     best = min(fits, key=lambda cause: fits[cause])
-    best = best if fits[best] < EXPLAINED * far else "stale"
+    best = best if fits[best] < EXPLAINED * far else STALE
     return [(best, words[best])]

@@ -106,8 +106,8 @@ class Inspection(NamedTuple):
 def inspect(model: Any, variables: Any = None, *batch: Any, **kwargs: Any) -> Inspection:
     """Tabulate the norms of a model; given a batch, compare it with their running averages, and name what is wrong.
 
-    Findings, each with its remedy: never updated; momentum too slow; not finite; wrong axis; scaled differently; batch of
-    one; not synchronized; or, where the averages fit the batch for none of these reasons, stale.
+    Findings, each with its remedy: never updated; momentum too slow; not finite; wrong axis; scaled differently; batch
+    of one; not synchronized; or, where the averages do not fit the batch for another reason, stale.
 
     Args:
       model: a Linen or an NNX module; or only the variables of a Linen module, of which less is known.
@@ -139,7 +139,8 @@ def inspect(model: Any, variables: Any = None, *batch: Any, **kwargs: Any) -> In
         view = Seen(path, settings, averages, seen.get(path), first=i == 0)
         findings += _causes.diagnose(view)
         norms.append(_state(view))
-    return Inspection(tuple(norms), tuple(findings))
+    explained = any(finding.cause != _causes.STALE for finding in findings)  # and so may be what comes after
+    return Inspection(tuple(norms), tuple(f for f in findings if not explained or f.cause != _causes.STALE))
 
 
 def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,22 +159,17 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[s
         raise TypeError(f"inspect: model must be a Linen or an NNX module, or variables; got {type(model).__name__}.")
     if not batch or not any(averages for _, averages in known.values()):
         return known, {}
-    seen = jax.jit(lambda state, batch: measure(graph, state, batch, kwargs, frozenset(), _causes.of_input))(
-        state, batch
-    )
-    order = _order(graph, state, batch, kwargs)
-    known = {path: known[path] for path in [*order, *(p for p in known if p not in order)]}
-    return known, {path: {name: np.asarray(a, np.float64) for name, a in s.items()} for path, s in seen.items()}
-
-
-def _order(graph: Any, state: Any, batch: Any, kwargs: Any) -> list[str]:
     order: list[str] = []
 
+    @jax.jit
     def run(state, batch):
-        order.extend(measure(graph, state, batch, kwargs, frozenset(), _causes.of_input))
+        seen = measure(graph, state, batch, kwargs, frozenset(), _causes.of_input)
+        order.extend(seen)
+        return seen
 
-    jax.eval_shape(run, state, batch)
-    return order
+    seen = run(state, batch)
+    known = {path: known[path] for path in [*order, *(p for p in known if p not in order)]}
+    return known, {path: {name: np.asarray(a, np.float64) for name, a in s.items()} for path, s in seen.items()}
 
 
 def _from_variables(variables: Any) -> dict[str, Any]:
@@ -206,32 +202,28 @@ def _state(view: Seen) -> NormState:
     given = {name: settings.get(name) for name in ("axis", "momentum", "epsilon")}
     if given["axis"] is None:
         given["axis"] = settings.get("feature_axes")
-    if not view.averages:
-        shape = tuple(settings.get("features", ()))
-        return NormState(
-            view.path,
-            settings["kind"],
-            features=shape,
-            **given,
-            updates="",
-            var=None,
-            dead=0,
-            exploding=0,
-            not_finite=0,
-            drift=None,
-            spread=None,
-        )
-    mean, var = view.mean, view.var
-    finite = np.isfinite(mean) & np.isfinite(var)
-    spans = (float(np.min(var)), float(np.max(var)))
-    drift, spread = view.distance() if view.batch and finite.all() else (None, None)
-    return NormState(
+    state = NormState(
         view.path,
         settings["kind"],
-        features=mean.shape,
+        features=tuple(settings.get("features", ())),
         **given,
+        updates="",
+        var=None,
+        dead=0,
+        exploding=0,
+        not_finite=0,
+        drift=None,
+        spread=None,
+    )
+    if not view.averages:
+        return state
+    mean, var = view.mean, view.var
+    finite = np.isfinite(mean) & np.isfinite(var)
+    drift, spread = view.distance() if view.batch and finite.all() else (None, None)
+    return state._replace(
+        features=mean.shape,
         updates=view.updates(),
-        var=spans,
+        var=(float(np.min(var)), float(np.max(var))),
         dead=int(np.sum(var < DEAD)),
         exploding=int(np.sum(var > EXPLODING)),
         not_finite=int(np.sum(~finite)),
