@@ -10,7 +10,6 @@ program after the other, on the CPU of this machine. Results go to results/folde
 import argparse
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -17,9 +17,19 @@ DOCS = Path(__file__).parent.parent / "docs" / "surgery.md"
 
 
 def tables():
-    lines = [[c.strip() for c in line.strip("|\n").split("|")] for line in DOCS.open() if line.startswith("| ")]
-    batch = {row[0]: row[1:] for row in lines if len(row) == 12 and row[0] != "library"}
-    return batch, {row[0]: row[1:] for row in lines if len(row) == 5 and row[0] != "library"}
+    """The two tables that begin with "library": rows by its name."""
+    found: list[dict[str, list[str]]] = []
+    inside = False
+    for line in DOCS.open():
+        cells = [c.strip() for c in line.strip("|\n").split("|")]
+        if cells[0] == "library":
+            found.append({})
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and not line.startswith("|--"):
+            found[-1][cells[0]] = cells[1:]
+    return found
 
 
 def test_the_tables_in_the_documentation_are_the_conventions():
