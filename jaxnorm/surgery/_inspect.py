@@ -1,0 +1,240 @@
+"""What is in the norms of a model, and what is wrong with it."""
+
+import html
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from jaxnorm import Moments
+from jaxnorm.surgery import _causes
+from jaxnorm.surgery._causes import Finding, Seen
+from jaxnorm.surgery._measure import linen_norms, measure
+from jaxnorm.surgery._norms import BATCH_NORMS, nnx_norms
+
+DEAD, EXPLODING = 1e-10, 1e10
+"""Running variances below and above which a channel is constant, or on its way out of float32."""
+
+
+class NormState(NamedTuple):
+    """One norm.
+
+    Attributes:
+      path: in the model.
+      kind: of norm.
+      axis: of the features, where known.
+      features: their shape.
+      momentum: of the running averages, where known.
+      epsilon: where known.
+      updates: "never", "some", or about how often the averages were updated, where that can be told.
+      var: smallest and largest running variance; None without running averages.
+      dead: channels whose running variance is below 1e-10.
+      exploding: channels whose running variance is above 1e10.
+      not_finite: channels whose averages are not finite.
+      drift: root mean square over the channels of the distance between the means of the batch and of the averages, in
+        deviations.
+      spread: geometric mean over the channels of the deviation of the batch divided by that of the averages.
+    """
+
+    path: str
+    kind: str
+    axis: Any
+    features: tuple[int, ...]
+    momentum: Any
+    epsilon: Any
+    updates: str
+    var: tuple[float, float] | None
+    dead: int
+    exploding: int
+    not_finite: int
+    drift: float | None
+    spread: float | None
+
+
+class Inspection(NamedTuple):
+    """All norms of a model in the order of the calls, where there was a batch, and what is wrong.
+
+    Attributes:
+      norms: a `NormState` each.
+      findings: a `Finding` each: path, cause, what was seen, and the remedy.
+    """
+
+    norms: tuple[NormState, ...]
+    findings: tuple[Finding, ...]
+
+    def _rows(self) -> list[list[str]]:
+        names = ["path", "kind", "axis", "features", "momentum", "epsilon", "updates"]
+        names += ["variance", "dead", "exploding", "not finite", "drift", "spread"]
+        return [names] + [[_text(value) for value in norm] for norm in self.norms]
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + [str(finding) for finding in self.findings])
+
+    def _repr_html_(self) -> str:
+        head, *rows = [[html.escape(cell) for cell in row] for row in self._rows()]
+        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+        found = "".join(f"<li>{html.escape(str(finding))}</li>" for finding in self.findings)
+        return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table><ul>{found}</ul>"
+
+    def plot(self, path: Any) -> None:
+        """Draw running variances, and the distance of the batch from the averages, by layer; needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        norms = [norm for norm in self.norms if norm.var is not None]
+        places = np.arange(len(norms))
+        figure = Figure(figsize=(4 + 0.3 * len(norms), 7), layout="constrained")
+        variances, distances = figure.subplots(2, sharex=True)
+        low, high = np.array([norm.var for norm in norms], np.float64).reshape(-1, 2).T
+        variances.vlines(places, low, high, lw=4)
+        variances.plot(places, low, "_", places, high, "_")
+        variances.set(yscale="log", title="running variance, smallest to largest")
+        for name in ("drift", "spread"):
+            values = [getattr(norm, name) for norm in norms]
+            distances.plot(places, [np.nan if v is None else v for v in values], "o-", label=name)
+        distances.set(title="batch against averages: means apart, in deviations; ratio of deviations")
+        distances.set_xticks(places, [norm.path for norm in norms], rotation=90)
+        distances.legend()
+        figure.savefig(path, dpi=110)
+
+
+def inspect(model: Any, variables: Any = None, *batch: Any, **kwargs: Any) -> Inspection:
+    """Tabulate the norms of a model; given a batch, compare it with their running averages, and name what is wrong.
+
+    Findings, each with its remedy: never updated; momentum too slow; not finite; wrong axis; scaled differently; batch
+    of one; not synchronized; or, where the averages do not fit the batch for another reason, stale.
+
+    Args:
+      model: a Linen or an NNX module; or only the variables of a Linen module, of which less is known.
+      variables: of the Linen module; None for an NNX module.
+      *batch: the inputs of the model, as it is to be evaluated on: batch norms normalize it by itself, as in training.
+      **kwargs: for the call of the model, as ``train=False``.
+
+    Returns:
+      `Inspection`, to be printed, shown in a notebook, or plotted.
+
+    Raises:
+      TypeError: something else than a model or variables.
+      ValueError: there are no norms.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxnorm import surgery
+      >>> model, x = nn.BatchNorm(use_running_average=True, name="norm"), jnp.array([[1.0], [3.0]])
+      >>> report = surgery.inspect(model, model.init(jax.random.key(0), x), x)
+      >>> report.findings[0].cause
+      'never updated'
+    """
+    known, seen = _gather(model, variables, batch, kwargs)
+    if not known:
+        raise ValueError(f"inspect: no norms found in {type(model).__name__}.")
+    norms, findings = [], []
+    for i, (path, (settings, averages)) in enumerate(known.items()):
+        view = Seen(path, settings, averages, seen.get(path), first=i == 0)
+        findings += _causes.diagnose(view)
+        norms.append(_state(view))
+    explained = any(finding.cause != _causes.STALE for finding in findings)  # and so may be what comes after
+    return Inspection(tuple(norms), tuple(f for f in findings if not explained or f.cause != _causes.STALE))
+
+
+def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By path: settings and averages of each norm; and what it saw of the batch."""
+    if isinstance(model, nnx.Module):
+        known = {path: (_nnx_settings(norm), _nnx_averages(norm)) for path, norm in nnx_norms("inspect", model, None)}
+        graph, state = nnx.split(model)
+    elif isinstance(model, nn.Module):
+        graph, state, known = model, variables, _from_variables(variables)
+        if batch:
+            listed = linen_norms(model, variables, batch, kwargs)
+            known = {path: (settings, known.get(path, ({}, {}))[1]) for path, settings in listed.items()}
+    elif isinstance(model, Mapping):
+        return _from_variables(model), {}
+    else:
+        raise TypeError(f"inspect: model must be a Linen or an NNX module, or variables; got {type(model).__name__}.")
+    if not batch or not any(averages for _, averages in known.values()):
+        return known, {}
+    order: list[str] = []
+
+    @jax.jit
+    def run(state, batch):
+        seen = measure(graph, state, batch, kwargs, frozenset(), _causes.of_input)
+        order.extend(seen)
+        return seen
+
+    seen = run(state, batch)
+    known = {path: known[path] for path in [*order, *(p for p in known if p not in order)]}
+    return known, {path: {name: np.asarray(a, np.float64) for name, a in s.items()} for path, s in seen.items()}
+
+
+def _from_variables(variables: Any) -> dict[str, Any]:
+    """Batch norms, as the pairs of averages in the variables of a Linen module."""
+    found: dict[str, Any] = {}
+
+    def walk(tree, path):
+        if {"mean", "var"} <= set(tree):
+            found["/".join(path)] = ({"kind": "BatchNorm"}, dict(tree))
+        for name, inner in tree.items():
+            if isinstance(inner, Mapping):
+                walk(inner, (*path, name))
+
+    walk(variables.get("batch_stats", {}), ())
+    return found
+
+
+def _nnx_settings(norm: Any) -> dict[str, Any]:
+    features = () if norm.scale is None else norm.scale[...].shape
+    return {"kind": type(norm).__name__, "features": features, **vars(norm)}
+
+
+def _nnx_averages(norm: Any) -> dict[str, Any]:
+    names = Moments._fields if isinstance(norm, BATCH_NORMS) else ()
+    return {name: vars(norm)[name][...] for name in names if name in vars(norm)}
+
+
+def _state(view: Seen) -> NormState:
+    settings = view.settings
+    given = {name: settings.get(name) for name in ("axis", "momentum", "epsilon")}
+    if given["axis"] is None:
+        given["axis"] = settings.get("feature_axes")
+    state = NormState(
+        view.path,
+        settings["kind"],
+        features=tuple(settings.get("features", ())),
+        **given,
+        updates="",
+        var=None,
+        dead=0,
+        exploding=0,
+        not_finite=0,
+        drift=None,
+        spread=None,
+    )
+    if not view.averages:
+        return state
+    mean, var = view.mean, view.var
+    finite = np.isfinite(mean) & np.isfinite(var)
+    drift, spread = view.distance() if view.batch and finite.all() else (None, None)
+    return state._replace(
+        features=mean.shape,
+        updates=view.updates(),
+        var=(float(np.min(var)), float(np.max(var))),
+        dead=int(np.sum(var < DEAD)),
+        exploding=int(np.sum(var > EXPLODING)),
+        not_finite=int(np.sum(~finite)),
+        drift=drift,
+        spread=spread,
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, tuple) and value and isinstance(value[0], float):
+        return " to ".join(f"{v:.3g}" for v in value)
+    return "" if value is None else str(value)

@@ -1,0 +1,130 @@
+"""Other norms in the place of those of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from jaxnorm.surgery._norms import (
+    FLAX_LINEN,
+    FLAX_NNX,
+    LINEN,
+    Where,
+    accepted,
+    call_arguments,
+    chosen,
+    linen_fields,
+    nnx_norms,
+)
+
+
+@contextmanager
+def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **settings: Any) -> Iterator[list[str]]:
+    """Run Linen models with other norms, with no change to their code, around ``init`` and ``apply``.
+
+    Without ``into``, Flax's norms become ours, of the same variables. With it, all norms chosen become that one; what
+    the two have in common, settings and parameters, is carried over. It acts while a function is traced: what
+    ``jax.jit`` has compiled before stays as it was.
+
+    Args:
+      into: a norm of `jaxnorm.linen`, or any module whose parameters of the same name mean the same; None for ours of
+        the same name as Flax's.
+      where: a regular expression that matches the whole path of a norm, as in "Block_[01]/.*"; a function of the path;
+        or None for all.
+      **settings: attributes of the new norms.
+
+    Yields:
+      The paths of the norms swapped so far.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxnorm import linen, surgery
+      >>> model, x = nn.BatchNorm(use_running_average=False), 1e5 + jnp.array([[-1.0], [1.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> with surgery.swapped(epsilon=0.0):
+      ...     model.apply(variables, x, mutable="batch_stats")[0].tolist()
+      [[-1.0], [1.0]]
+      >>> with surgery.swapped(linen.LayerNorm):
+      ...     model.apply(variables, x, mutable="batch_stats")[0].tolist()
+      [[0.0], [0.0]]
+    """
+    choose, seen = chosen(where), []
+    kinds = tuple(FLAX_LINEN) if into is None else LINEN
+
+    def interceptor(next_function, args, kwargs, context):
+        module = context.module
+        is_norm = type(module) in kinds and context.method_name == "__call__" and type(module) is not into
+        path = "/".join(module.path) if is_norm else ""
+        if not is_norm or not choose(path):
+            return next_function(*args, **kwargs)
+        seen.extend([] if path in seen else [path])
+        new = FLAX_LINEN[type(module)] if into is None else into
+        fields = accepted(new, linen_fields(module)) | settings
+        given = call_arguments(type(module).__call__, (module, *args), kwargs)
+        del given["self"]
+        norm: Any = new(**fields, parent=module.scope.rewound())
+        return norm(given.pop("x"), **accepted(new.__call__, given))
+
+    with nn.intercept_methods(interceptor):
+        yield seen
+
+
+def swap(model: nnx.Module, into: type[nnx.Module] | None = None, *, where: Where = None, **settings: Any) -> list[str]:
+    """Put other norms in the place of those of an NNX module, in place.
+
+    Without ``into``, Flax's norms become ours. With it, all norms chosen become that one. Settings and variables that
+    the two have in common are carried over; the variables are the same objects.
+
+    Args:
+      model: the module; a norm by itself becomes another.
+      into: a norm of `jaxnorm.nnx`, or any module made with ``num_features`` and ``rngs`` whose variables of the same
+        name mean the same; None for ours of the same name as Flax's.
+      where: a regular expression that matches the whole path of a norm, as in "blocks/[01]/.*"; a function of the path;
+        or None for all.
+      **settings: arguments of the new norms.
+
+    Returns:
+      The paths of the norms swapped.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: no norm is chosen.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxnorm import surgery
+      >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+      >>> surgery.swap(model, unbiased=True)
+      ['layers/1']
+      >>> type(model.layers[1]).__module__
+      'jaxnorm.nnx'
+    """
+    paths: list[str] = []
+    for path, old in list(nnx_norms("swap", model, where)):
+        new = FLAX_NNX.get(type(old)) if into is None else into
+        if new is None or type(old) is new:
+            continue
+        paths.append(path)
+        made = _make(new, old, settings)
+        for name, value in vars(old).items():
+            if isinstance(value, nnx.Variable) and isinstance(vars(made).get(name), nnx.Variable):
+                setattr(made, name, value)
+        object.__setattr__(old, "__class__", new)
+        vars(old).clear()
+        vars(old).update(vars(made))
+    return paths
+
+
+def _make(new: type[nnx.Module], old: Any, settings: dict[str, Any]) -> nnx.Module:
+    """A new norm with what it takes of the settings of the old one."""
+    features = getattr(old, "num_features", None)
+    if features is None:  # Flax's group norm keeps only what follows from it
+        features = old.num_groups * old.group_size
+    kept = accepted(new.__init__, vars(old))
+    if "num_groups" in kept:
+        kept["group_size"] = None
+    make: Any = new
+    return make(**{"num_features": features, **kept, **settings, "rngs": nnx.Rngs(0)})
