@@ -28,7 +28,7 @@ from jaxnorm.training import _models
 
 PLAIN = ("flax", "drop-in", "inside")
 CHECKPOINTED = ("flax, checkpoint", "inside, checkpoint", "inside, policy")
-POLICY = jax.checkpoint_policies.save_only_these_names("jaxnorm_stats")
+POLICY = jaxnorm.save_statistics
 AROUND = {"": lambda f: f, "checkpoint": jax.checkpoint, "policy": partial(jax.checkpoint, policy=POLICY)}
 
 ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu, "silu": nn.silu, "gelu": nn.gelu}

@@ -30,8 +30,10 @@ from jaxnorm._xla import Map, is_zero, optimization_barrier, recomputed, spread,
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 save_statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
-"""A policy for ``jax.checkpoint``, ``nn.remat`` and ``nnx.remat``: statistics are kept, and the outputs of the invertible
-mode; all else is computed again, but no reduction and no collective."""
+"""A policy for ``jax.checkpoint``, ``nn.remat`` and ``nnx.remat``: keeps statistics, and outputs of the invertible mode.
+
+All else is computed again, but no reduction and no collective.
+"""
 
 
 class How(NamedTuple):

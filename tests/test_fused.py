@@ -271,7 +271,7 @@ def test_scale_zero_under_jit(rng):
     assert np.isfinite(np.asarray(d_x)[..., [0, 2, 3]]).all()
 
 
-# What an activation closes over ----------------------------------------------------------------------------------------
+# What an activation closes over --------------------------------------------------------------------------------------
 
 
 def learned(slope):
@@ -336,7 +336,7 @@ def test_every_name(rng):
         assert_close(jaxnorm.layer_norm(x, activation=partial(getattr(jax.nn, name))), np.asarray(expected))
 
 
-# What cannot be recovered ----------------------------------------------------------------------------------------------
+# What cannot be recovered --------------------------------------------------------------------------------------------
 
 
 def test_a_saturated_softplus(rng):
@@ -360,5 +360,5 @@ def test_a_saturated_softplus(rng):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30])
 def test_a_scale_that_loses_everything_is_refused(scale):
-    with pytest.raises(ValueError, match="^batch_norm: invertible needs a scale"):
+    with pytest.raises(ValueError, match=r"^batch_norm: invertible needs a scale"):
         jaxnorm.batch_norm(np.eye(4, dtype=np.float32), np.full(4, scale, np.float32), invertible=True)
