@@ -160,7 +160,7 @@ def measure(
         count = count_over(offset, x, weights, axes)
         offset, second = offset / divisor(count), second / divisor(count)
         start = sum(center, jnp.zeros_like(offset))
-        return Statistics(count, start, offset, jnp.maximum(second - abs_sq(offset), 0))
+        return Statistics(count, start, offset, jnp.maximum(second - abs_sq(offset), jnp.zeros_like(second)))
 
     def about_sample(x):
         return about(x, mean_of(sample(x, axes)))

@@ -30,7 +30,7 @@ from jaxnorm._xla import Map, is_zero, optimization_barrier, recomputed, spread,
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 save_statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
-"""A policy for ``jax.checkpoint``, ``nn.remat`` and ``nnx.remat``: keeps statistics, and outputs of the invertible mode.
+"""A policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``: keeps statistics, and outputs of the invertible mode.
 
 All else is computed again, but no reduction and no collective.
 """
@@ -47,7 +47,7 @@ class How(NamedTuple):
       activation: applied last.
       inverse: of the activation, where the input is to be recovered from the output for the backward pass; or None.
       dtype: of the output.
-      conditional: False for ``jax.experimental.jet``, which knows of no conditional.
+      plain: True for ``jax.experimental.jet``, which knows neither conditionals nor derivatives of one's own.
     """
 
     axes: tuple[int, ...] = ()
@@ -57,7 +57,7 @@ class How(NamedTuple):
     activation: Function = identity
     inverse: Function | None = None
     dtype: Any = None
-    conditional: bool = True
+    plain: bool = False
 
 
 def _named(name: str, value: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ def _statistics(how: How, read: Function, differentiated: bool, data, stored, we
     """Of the data, which ``read(*stored)`` gives: ``known``, or measured. Of the mean, ``offset`` is differentiated."""
     if known is not None:
         return known
-    settings = {"axes": how.axes, "centered": how.centered, "conditional": how.conditional}
+    settings = {"axes": how.axes, "centered": how.centered, "conditional": not how.plain}
     return measure(stored[0], weights, near, differentiated=differentiated, **settings)
 
 
@@ -145,13 +145,16 @@ def _map(how: How, read: Function, data, stored, statistics, scale, bias, epsilo
         small = (None, multiplier, None, bias if offset is None else bias - offset * multiplier)
     small, further = vary((small, closed_over), *data)
     after = None if how.activation is identity else partial(applied, how.activation)
-    return spread(Map(read, _affine, after, how.dtype), data, stored, (center, *small), further)
+    function = spread.fun if how.plain else spread
+    return function(Map(read, _affine, after, how.dtype), data, stored, (center, *small), further)
 
 
 def _measure(how: How, read: Function, data, stored, weights, near, origin, known) -> tuple[Statistics, Statistics]:
     """The statistics of this array, and of all replicas together."""
-    local = _statistics(how, read, False, data, stored, weights, near, origin, known)
-    local = local._replace(center=lax.stop_gradient(local.center))
+    function = _statistics.fun if how.plain else _statistics
+    local = function(how, read, False, data, stored, weights, near, origin, known)
+    if not how.plain:
+        local = local._replace(center=lax.stop_gradient(local.center))
     return local, merge_replicas(local, how.replicas, _saved)
 
 

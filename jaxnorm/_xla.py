@@ -65,7 +65,7 @@ def settle(center: jax.Array) -> jax.Array:
     """
     if jnp.iscomplexobj(center):
         return lax.complex(settle(center.real), settle(center.imag))
-    return jnp.minimum(center, float(jnp.finfo(center.dtype).max))
+    return jnp.minimum(center, jnp.full_like(center, jnp.finfo(center.dtype).max))
 
 
 def optimization_barrier(value: Any) -> Any:

@@ -56,7 +56,7 @@ def normalize_array(
         activation=check_activation(function, activation),
         inverse=inverse_of(function, activation) if invertible else None,
         dtype=x.dtype if dtype is None else jnp.dtype(dtype),
-        conditional=_conditional(),
+        plain=_is_jet(x),
     )
     if invertible:
         _axes.check_invertible_scale(function, scale, how.dtype)
@@ -104,8 +104,8 @@ def standardize(
 
     .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    The statistics are right to a few roundings wherever the mean is. In float32 that holds for values, deviations and
-    total weights between 1e-15 and 1e15, gradients included.
+    The statistics are right to a few roundings wherever the mean is. In float32 that holds, gradients included, for
+    values and deviations from 1e-15 to 1e15; with weights, from 1e-12 to 1e12 where totals are from 1e-7 to 1e7.
 
     Args:
       x: real or complex floating point array, of any rank.
@@ -601,12 +601,13 @@ def measure_array(
 ) -> Moments:
     """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    how = _rule.How(axes, replicas=replicas, conditional=_conditional())
+    how = _rule.How(axes, replicas=replicas, plain=_is_jet(x))
     return _rule.moments(how, x, _axes.check_mask(function, mask, x), near)
 
 
-def _conditional() -> bool:
-    return "jax.experimental.jet" not in sys.modules
+def _is_jet(x: jax.Array) -> bool:
+    jet: Any = sys.modules.get("jax.experimental.jet")
+    return jet is not None and isinstance(x, jet.JetTracer)
 
 
 def _near(function: str, near: Array | None, features: tuple[int, ...], x: jax.Array) -> jax.Array | None:

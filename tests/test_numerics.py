@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from checks import assert_close
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm
-from jaxnorm._moments import STRIDE, sample
+from jaxnorm._moments import LARGE, NEAR, STRIDE, sample
 
 KAPPAS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]
 SHAPES = [(4096, 8), (32, 56, 56, 8)]
@@ -199,3 +200,80 @@ def test_oracles_agree(rng):
     np.testing.assert_allclose(mean, reference[0].ravel())
     np.testing.assert_allclose(var, reference[1].ravel())
     np.testing.assert_array_equal(count, 30)
+
+
+# The range that `standardize` states ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "weights"])
+@pytest.mark.parametrize("name", ["batch", "layer", "rms", "group", "instance"])
+def test_range(rng, name, masked):
+    """Output and gradients are right for data of any size from 1e-15 to 1e15, with weights from 1e-12 to 1e12."""
+    shape = (6, 20, 4)
+    x, cotangent = rng.standard_normal(shape), rng.standard_normal(shape).astype(np.float32)
+    scale, weights = rng.standard_normal(4).astype(np.float32), rng.random(shape) + 0.1
+    labels, features = oracles.labels_of(name, shape, num_groups=2), oracles.features_of(shape)
+    functions = {
+        "batch": lambda x, s, **kw: jaxnorm.batch_norm(x, s, **kw)[0],
+        "layer": jaxnorm.layer_norm,
+        "rms": jaxnorm.rms_norm,
+        "group": partial(jaxnorm.group_norm, num_groups=2),
+        "instance": jaxnorm.instance_norm,
+    }
+
+    @jax.jit
+    def run(x, scale, weights, cotangent):
+        settings = {"epsilon": 0.0, "mask": weights if masked else None}
+        y, pullback = jax.vjp(lambda x, s: functions[name](x, s, **settings), x, scale)
+        return y, *pullback(cotangent)
+
+    w = weights if masked else None
+    exact = oracles.normalize(x, labels, features, scale, None, 0.0, w, name != "rms")
+    d_x, d_scale, _ = oracles.gradients(x, cotangent, labels, features, scale, 0.0, w, name != "rms")
+    extremes = ((1e-12, 1e-7), (1e-12, 1e5), (1e12, 1e-7), (1e12, 1e5)) if masked else ((1e-15, 1), (1, 1), (1e15, 1))
+    for size, weight in extremes:
+        args = ((size * x).astype(np.float32), scale, (weight * weights).astype(np.float32), cotangent)
+        y, g_x, g_scale = run(*args)
+        assert_close(y, exact, 120, what=f"y at {size}")
+        assert_close(np.float32(np.asarray(g_x, np.float64) * size), d_x, 480, np.abs(d_x).max(), what=f"d_x at {size}")
+        assert_close(g_scale, d_scale, 120, 3.0, what=f"d_scale at {size}")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_means_near_deviations(rng):
+    """Where a CPU takes sums about zero, and where it measures again: on both sides of its bound."""
+    x = draw(rng, (64, 32, 32, 4), 0)
+    assert x.size >= LARGE
+    for kappa in (0.5, 1.9, 2.1, 7, 30):
+        moved = x * np.float32([1, 0.1, 3, 1]) + np.float32([kappa, 0.1 * kappa, -3 * kappa, 0])
+        y, batch = jax.jit(jaxnorm.batch_norm)(moved)
+        mean, var = exact(moved, (0, 1, 2))
+        lost = (1 + NEAR) * 2.0**-24 * 16  # the bound, and of the sums of 2^16 the sixteen levels that add up in pairs
+        np.testing.assert_allclose(batch.var, var.squeeze(), rtol=lost)
+        np.testing.assert_allclose(y, (moved - mean) / np.sqrt(var + 1e-5), rtol=0, atol=5 * lost)
+
+
+# What has nothing to be measured by ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["batch", "layer", "rms", "group", "instance"])
+def test_fully_masked_is_the_bias(rng, name):
+    """A set of which nothing is left is normalized to zero, in every norm: not ``x / sqrt(epsilon)``, without bound."""
+    x, scale, bias = (1e6 * draw(rng, s, 0) for s in ((4, 5, 6), (6,), (6,)))
+    mask = np.ones((4, 5, 6), bool)
+    mask[1] = False
+    if name == "batch":
+        mask = np.broadcast_to(np.arange(6) != 3, x.shape).copy()
+    functions = {
+        "batch": lambda x, s, b: jaxnorm.batch_norm(x, s, b, mask=mask)[0],
+        "layer": lambda x, s, b: jaxnorm.layer_norm(x, s, b, mask=mask),
+        "rms": lambda x, s, b: jaxnorm.rms_norm(x, s, mask=mask) + jnp.broadcast_to(b, x.shape),
+        "group": lambda x, s, b: jaxnorm.group_norm(x, s, b, num_groups=2, mask=mask),
+        "instance": lambda x, s, b: jaxnorm.instance_norm(x, s, b, mask=mask),
+    }
+    y, pullback = jax.vjp(functions[name], x, scale, bias)
+    expected = np.broadcast_to(bias, x.shape)
+    np.testing.assert_array_equal(np.asarray(y)[~mask], expected[~mask])
+    d_x, *_ = pullback(draw(rng, x.shape, 0))
+    np.testing.assert_array_equal(np.asarray(d_x)[~mask], 0)
