@@ -115,7 +115,7 @@ def _unsoftplus(y: jax.Array) -> jax.Array:
 
 @cache
 def _unleaky_relu(slope: float) -> Function:
-    return lambda y: jnp.where(y >= 0, y, y / slope)
+    return lambda y: jnp.where(y >= 0, y, y * (1 / slope))
 
 
 def inverse_of(function: str, activation: Any) -> Function:

@@ -149,10 +149,10 @@ def _map(how: How, read: Function, data, stored, statistics, scale, bias, epsilo
     return function(Map(read, _affine, after, how.dtype), data, stored, (center, *small), further)
 
 
-def _measure(how: How, read: Function, data, stored, weights, near, origin, known) -> tuple[Statistics, Statistics]:
+def _measure(how: How, read: Function, data, stored, weights, near, origin=None, known=None, differentiated=False):
     """The statistics of this array, and of all replicas together."""
     function = _statistics.fun if how.plain else _statistics
-    local = function(how, read, False, data, stored, weights, near, origin, known)
+    local = function(how, read, differentiated, data, stored, weights, near, origin, known)
     if not how.plain:
         local = local._replace(center=lax.stop_gradient(local.center))
     return local, merge_replicas(local, how.replicas, _saved)
@@ -175,7 +175,13 @@ class Arguments(NamedTuple):
 
 
 def _standardize(
-    how: How, a: Arguments, read: Function = _read, stored: Any = None, origin: Any = None, known: Any = None
+    how: How,
+    a: Arguments,
+    read: Function = _read,
+    stored: Any = None,
+    origin: Any = None,
+    known: Any = None,
+    differentiated: bool = False,
 ):
     """The output; the statistics measured and used; and, for who inverts it, those of this array."""
     data = _read(a.x, None, a.residual)  # of this only the derivative is used, which is that of what is stored
@@ -183,7 +189,7 @@ def _standardize(
     local: Any = a.given
     statistics = used = local
     if local is None:
-        local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known)
+        local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known, differentiated)
         used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
     relative = used if origin is None else _relative(used, origin)
     y = _map(how, read, data, stored, relative, a.scale, a.bias, a.epsilon, a.of_activation)
@@ -198,7 +204,7 @@ def _invertible(how: How, a: Arguments):
 
 @_invertible.defjvp
 def _invertible_tangent(how, primals, tangents):
-    y, *rest = _standardize(how, *primals)
+    y, *rest = _standardize(how, *primals, differentiated=True)
     y, (statistics, used, local) = _named(OUTPUT, y), map(_saved, rest)
 
     def recovered(y, a, used):
@@ -206,7 +212,7 @@ def _invertible_tangent(how, primals, tangents):
         residual = None if a.residual is None else a.residual.astype(z.dtype)
         z = z if residual is None else z - residual
         z = z if a.bias is None else z - a.bias
-        z = z if a.scale is None else z / a.scale
+        z = z if a.scale is None else z * (1 / a.scale)  # a division for every value would cost XLA an array
         return z * jnp.sqrt(used.var + a.epsilon), residual
 
     stored = (optimization_barrier(y), primals[0]._replace(x=None), used)
@@ -243,7 +249,7 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
         inverse, of_inverse = hoist(how.inverse, data[0])
         how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
     if how.inverse is not None and how.adjust is not None and not own:
-        _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, a.near, None, None)
+        _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, a.near)
         adjust, of_adjust = hoist(how.adjust, statistics)
         how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)
     return _run(how, a)
@@ -253,4 +259,4 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
 def moments(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Moments:
     """The moments of ``x``, reduced axes kept with size one."""
     stored = (x, weights, None)
-    return _moments(_measure(how, _read, _read(*stored), stored, weights, near, None, None)[1])
+    return _moments(_measure(how, _read, _read(*stored), stored, weights, near)[1])
