@@ -230,7 +230,7 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
         return _compiled(how, a)
     data = _read(a.x, a.weights, a.residual)
     if not stateless:
-        activation, of_activation = hoist(how.activation, data[0])
+        activation, of_activation = hoist(how.activation, data[0].astype(how.dtype))
         how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
     if how.inverse is not None and not stateless:
         inverse, of_inverse = hoist(how.inverse, data[0])

@@ -21,7 +21,7 @@ def clip(value, low, high):
 
 
 def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
+    return (1 + np.tanh(z / 2)) / 2
 
 
 def measured(x, weights, keys):
@@ -61,7 +61,10 @@ def ghost_moments(x, weights, size):
     """The plain averages of what the virtual batches measured, of those that hold anything; and the number of all."""
     example, channel, many = keys_of(x)
     mean, var, count = measured(x, weights, example // size * many + channel)
-    flat = [v.reshape(-1, size, *x.shape[1:])[:, 0].reshape(x.shape[0] // size, -1, x.shape[-1])[:, 0] for v in (mean, var, count)]
+    flat = [
+        v.reshape(-1, size, *x.shape[1:])[:, 0].reshape(x.shape[0] // size, -1, x.shape[-1])[:, 0]
+        for v in (mean, var, count)
+    ]
     there = flat[2] > 0
     return *((v * there).sum(0) / np.maximum(there.sum(0), 1) for v in flat[:2]), flat[2].sum(0)
 
@@ -149,15 +152,19 @@ def root_mean_square(x, scale, weights, epsilon):
 
 
 def gradients(function, arguments, cotangent):
-    """The gradient of ``sum(function(*arguments) * cotangent)`` for each of ``arguments``, one value at a time."""
+    """The gradient of ``sum(function(*arguments) * cotangent)`` for each of ``arguments``, one value at a time.
+
+    With each comes the largest term of the sums that it consists of.
+    """
     arguments, step = [np.asarray(a, complex) for a in arguments], 1e-30
     found = []
     for n, value in enumerate(arguments):
-        gradient = np.empty(value.shape)
+        gradient, largest = np.empty(value.shape), 0.0
         for index in np.ndindex(value.shape):
             moved = value.copy()
             moved[index] += 1j * step
             y = function(*arguments[:n], moved, *arguments[n + 1 :])
-            gradient[index] = (y * cotangent).sum().imag / step
-        found.append(gradient)
+            terms = (y * cotangent).imag / step
+            gradient[index], largest = terms.sum(), max(largest, np.abs(terms).max())
+        found.append((gradient, largest))
     return found

@@ -4,12 +4,15 @@ A remedy passes no ``axis_name`` to the engine, which would merge the first exam
 another: it merges examples, and replicas, in its ``adjust``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes
@@ -52,13 +55,30 @@ def merge_labelled(
     parts: Statistics, labels: jax.Array, size: int, replicas: Replicas
 ) -> tuple[Statistics, Statistics]:
     """The statistics of each of ``size`` labels over all replicas; and, for each part, those of its label."""
-    own = jnp.arange(size)[:, None] == labels[None]
-    own = jnp.expand_dims(own, range(2, 1 + parts.var.ndim))
-    count, center, offset, var = (v[None] for v in parts)
-    spread = jnp.broadcast_arrays(jnp.where(own, count, 0), center, offset, var)
-    merged = merge_replicas(Statistics(*(v[:, 0] for v in merge_along(Statistics(*spread), (1,)))), replicas, saved)
-    used = (jnp.take(v, labels, axis=0, mode="fill", fill_value=0) for v in vary(merged, labels))
-    return merged, Statistics(*used)
+    count, *rest = (v[None] for v in parts)
+    own = jnp.broadcast_arrays(jnp.where(_own(labels, size, count.ndim), count, 0), *rest)
+    merged = merge_replicas(Statistics(*(v[:, 0] for v in merge_along(Statistics(*own), (1,)))), replicas, saved)
+    return merged, Statistics(*(of_label(v, labels) for v in vary(merged, labels)))
+
+
+def of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """The value of each label, zero if there is none: a gather that can be sharded, and whose transpose is a sum."""
+    return jnp.sum(jnp.where(_own(labels, len(values), values.ndim + 1), values[:, None], 0), axis=0)
+
+
+def _own(labels: jax.Array, size: int, ndim: int) -> jax.Array:
+    """Whether the second index of an array of rank ``ndim`` has the first as its label."""
+    return jnp.expand_dims(jnp.arange(size)[:, None] == labels[None], range(2, ndim))
+
+
+def regroup(examples: Statistics, parts: int) -> Statistics:
+    """Examples that can be split into so many parts: gathered, if their explicit sharding does not allow for it."""
+    typed = jax.typeof(examples.var).sharding
+    names = typed.spec[0] if isinstance(typed.spec[0], tuple) else (typed.spec[0],)
+    if typed.spec[0] is None or parts % math.prod(typed.mesh.shape[name] for name in names) == 0:
+        return examples
+    whole = NamedSharding(typed.mesh, P(None, *typed.spec[1:]))
+    return Statistics(*(jax.sharding.reshard(v, whole) for v in examples))
 
 
 def extract(batch: Moments, axes: Sequence[int]) -> Moments:

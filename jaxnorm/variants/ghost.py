@@ -14,7 +14,7 @@ from jaxnorm._moments import Moments, Statistics, merge_along
 from jaxnorm._replicas import Replicas, merge_replicas
 from jaxnorm._rule import saved
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, extract, merge_labelled
+from jaxnorm.variants._examples import check_examples, extract, merge_labelled, regroup
 
 
 def ghost_batch_norm(
@@ -83,8 +83,8 @@ def ghost_batch_norm(
     piece = math.gcd(x.shape[0], size)  # of what lies here of one virtual batch, or of several
 
     def adjust(examples: Statistics) -> tuple[Statistics, Statistics]:
-        pieces = (-1, piece, *examples.var.shape[1:])
-        parts = Statistics(*(v[:, 0] for v in merge_along(Statistics(*(v.reshape(pieces) for v in examples)), (1,))))
+        pieces = (v.reshape(-1, piece, *v.shape[1:]) for v in regroup(examples, x.shape[0] // piece))
+        parts = Statistics(*(v[:, 0] for v in merge_along(Statistics(*pieces), (1,))))
         if piece == size:
             used, reported = parts, _averages(parts, replicas)
         else:

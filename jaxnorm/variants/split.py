@@ -11,7 +11,7 @@ from jaxnorm._epilogue import Activation
 from jaxnorm._moments import Moments, Statistics
 from jaxnorm._replicas import Replicas
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, extract, merge_labelled
+from jaxnorm.variants._examples import check_examples, extract, merge_labelled, of_label
 
 
 def split_batch_norm(
@@ -80,7 +80,7 @@ def split_batch_norm(
         if value.shape not in (shape, (num_domains, *shape)):
             rule = f"{name} must have the shape of the feature axes of x, {shape}, or (num_domains, *features)"
             _axes.fail(function, rule, {"shape": value.shape, "num_domains": num_domains})
-        return value if value.shape == shape else jnp.take(value, domain, axis=0)
+        return value if value.shape == shape else of_label(value, domain)
 
     def adjust(examples: Statistics) -> tuple[Statistics, Statistics]:
         reported, used = merge_labelled(examples, domain, num_domains, replicas)
