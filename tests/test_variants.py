@@ -380,7 +380,7 @@ def test_ghost_batch_norm_does_not_depend_on_the_number_of_devices(rng, sharding
 
 
 def test_renorm_lies_between_the_batch_and_the_averages(rng):
-    """With bounds of one and zero it is batch normalization; where they do not bind, it is inference. Bounds may be traced."""
+    """With bounds of one and zero, batch normalization; where they do not bind, inference. Bounds may be traced."""
     x = rng.standard_normal((6, 4)).astype(np.float32)
     running = jaxnorm.RunningStats(*rng.uniform(0.5, 2, (3, 4)).astype(np.float32))
     renormalized = jax.jit(lambda r, d: jaxnorm.batch_renorm(x, running, r_max=r, d_max=d)[0])
@@ -414,7 +414,7 @@ def test_normalized_weights_pass_on_the_variance(rng):
 
 
 def test_statistics_of_each_time_step(rng):
-    """Padding does not count; a step beyond those that were seen has the averages of the last one (Cooijmans et al. 2017)."""
+    """Padding does not count; a step beyond those that were seen has the averages of the last one."""
     x, lengths = rng.standard_normal((5, 6, 2)).astype(np.float32), np.array([4, 2, 1, 4, 3])
     mask = jaxnorm.length_mask(lengths, 6)
     np.testing.assert_array_equal(mask.sum(1), lengths)

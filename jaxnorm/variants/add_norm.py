@@ -94,5 +94,4 @@ def _add(function: str, x: Array, residual: Array) -> tuple[jax.Array, jax.Array
     x = _axes.as_input(function, "x", x)
     if residual is None:
         _axes.fail(function, "residual must be an array in the shape of x", {"residual": None}, TypeError)
-    residual = _axes.check_residual(function, residual, x)
-    return x, jnp.add(x, residual)
+    return x, jnp.add(x, _axes.check_residual(function, residual, x))

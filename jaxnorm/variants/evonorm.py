@@ -62,13 +62,12 @@ def evonorm_b0(
     x, features, axes = check_examples(function, x, axis, real=True)
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
-    scale, bias, v = _parameters(function, features, x, scale=scale, bias=bias, v=v)
+    gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
     instance = _rule.statistics(_rule.How(axes), x, weights, None)
     batch = merge_batch(instance, replicas)
     used = batch if running is None else given(function, running, features, x)
     own, shared = (jnp.sqrt(var + epsilon) for var in (instance.var, used.var))
-    scale = scale * (instance.count > 0)
-    y = _rule.pointwise(_b0, x, weights, shared, own, v, scale, bias)
+    y = _rule.pointwise(_b0, x, weights, shared, own, slope, gamma * (instance.count > 0), beta)
     return y, extract(Moments(batch.center + batch.offset, batch.var, batch.count), features)
 
 
@@ -120,10 +119,10 @@ def evonorm_s0(
         _axes.fail(function, "axis must be one axis, that of the channels", {"axis": axis})
     _axes.check_groups(function, num_groups, x.shape[features[0]])
     epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
-    scale, bias, v = _parameters(function, features, x, scale=scale, bias=bias, v=v)
+    gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
     group = ChannelGroups(*features, num_groups)(_rule.statistics(_rule.How(axes), x, weights, None))
-    multiplier = scale * (group.count > 0) / jnp.sqrt(group.var + epsilon)
-    return _rule.pointwise(_s0, x, weights, v, multiplier, bias)
+    multiplier = gamma * (group.count > 0) / jnp.sqrt(group.var + epsilon)
+    return _rule.pointwise(_s0, x, weights, slope, multiplier, beta)
 
 
 def _b0(x, shared, own, v, scale, bias):
