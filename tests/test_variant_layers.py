@@ -132,8 +132,12 @@ def test_conditions_modulate():
     rng = np.random.default_rng(2)
     kernel = rng.standard_normal((5, 8)).astype(np.float32)
     scale, bias = np.split(CONDITION.astype(float) @ kernel, 2, axis=-1)
-    plain = {"ConditionalInstanceNorm": jaxnorm.instance_norm(X, epsilon=1e-5), "ConditionalLayerNorm": jaxnorm.layer_norm(X),
-             "ConditionalBatchNorm": jaxnorm.batch_norm(X)[0], "FiLM": X}  # fmt: skip
+    plain = {
+        "ConditionalInstanceNorm": jaxnorm.instance_norm(X, epsilon=1e-5),
+        "ConditionalLayerNorm": jaxnorm.layer_norm(X),
+        "ConditionalBatchNorm": jaxnorm.batch_norm(X)[0],
+        "FiLM": X,
+    }
     for name, normalized in plain.items():
         want = np.asarray(normalized, float) * (1 + scale[:, None]) + bias[:, None]
         module = getattr(jl, name)()

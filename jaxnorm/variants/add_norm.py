@@ -92,6 +92,7 @@ def add_rms_norm(
 
 def _add(function: str, x: Array, residual: Array) -> tuple[jax.Array, jax.Array]:
     x = _axes.as_input(function, "x", x)
-    if residual is None:
+    stream = _axes.check_residual(function, residual, x)
+    if stream is None:
         _axes.fail(function, "residual must be an array in the shape of x", {"residual": None}, TypeError)
-    return x, jnp.add(x, _axes.check_residual(function, residual, x))
+    return x, jnp.add(x, stream)
