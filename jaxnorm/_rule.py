@@ -43,7 +43,7 @@ class How(NamedTuple):
       axes: what is reduced, in ascending order.
       centered: False where the mean is fixed at zero (RMS normalization).
       replicas: who shares the statistics.
-      adjust: what becomes of them before they are used, or None.
+      adjust: what becomes of them before they are used, or None. May give a pair: those used, and those reported.
       activation: applied last.
       inverse: of the activation, where the input is to be recovered from the output for the backward pass; or None.
       dtype: of the output.
@@ -66,7 +66,8 @@ def _named(name: str, value: jax.Array) -> jax.Array:
     return checkpoint_name(value, name)
 
 
-_saved = partial(jax.tree.map, partial(_named, STATISTICS))
+saved = partial(jax.tree.map, partial(_named, STATISTICS))
+"""Statistics that `save_statistics` keeps."""
 
 
 def _read(x: jax.Array, weights: jax.Array | None, residual: jax.Array | None) -> tuple[Any, Any]:
@@ -100,7 +101,7 @@ def _statistics(how: How, read: Function, differentiated: bool, data, stored, we
 def _statistics_tangent(how, read, _, primals, tangents):
     (t, _), _, t_weights, *_ = tangents
     _, stored, weights, _, origin, _ = primals
-    statistics = _saved(_statistics(how, read, True, *primals))
+    statistics = saved(_statistics(how, read, True, *primals))
 
     def tangent(t, t_weights, stored, weights, origin, statistics):
         x, n = read(*stored)[0], divisor(statistics.count)
@@ -155,7 +156,7 @@ def _measure(how: How, read: Function, data, stored, weights, near, origin=None,
     local = function(how, read, differentiated, data, stored, weights, near, origin, known)
     if not how.plain:
         local = local._replace(center=lax.stop_gradient(local.center))
-    return local, merge_replicas(local, how.replicas, _saved)
+    return local, merge_replicas(local, how.replicas, saved)
 
 
 class Arguments(NamedTuple):
@@ -191,6 +192,8 @@ def _standardize(
     if local is None:
         local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known, differentiated)
         used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
+        if not isinstance(used, Statistics):
+            used, statistics = used
     relative = used if origin is None else _relative(used, origin)
     y = _map(how, read, data, stored, relative, a.scale, a.bias, a.epsilon, a.of_activation)
     return y, statistics, used, local
@@ -205,7 +208,7 @@ def _invertible(how: How, a: Arguments):
 @_invertible.defjvp
 def _invertible_tangent(how, primals, tangents):
     y, *rest = _standardize(how, *primals, differentiated=True)
-    y, (statistics, used, local) = _named(OUTPUT, y), map(_saved, rest)
+    y, (statistics, used, local) = _named(OUTPUT, y), map(saved, rest)
 
     def recovered(y, a, used):
         z = how.inverse(y.astype(used.offset.dtype), *a.of_inverse)
@@ -243,7 +246,7 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
         return _compiled(how, a)
     data = _read(a.x, a.weights, a.residual)
     if not stateless:
-        activation, of_activation = hoist(how.activation, data[0])
+        activation, of_activation = hoist(how.activation, data[0].astype(how.dtype))
         how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
     if how.inverse is not None and not stateless:
         inverse, of_inverse = hoist(how.inverse, data[0])
@@ -256,7 +259,23 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def moments(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Moments:
-    """The moments of ``x``, reduced axes kept with size one."""
+def statistics(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Statistics:
+    """The statistics of ``x``, reduced axes kept with size one."""
     stored = (x, weights, None)
-    return _moments(_measure(how, _read, _read(*stored), stored, weights, near)[1])
+    return _measure(how, _read, _read(*stored), stored, weights, near)[1]
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def moments(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Moments:
+    """`statistics`, rounded."""
+    return _moments(statistics(how, x, weights, near))
+
+
+def pointwise(formula: Function, x: jax.Array, weights: jax.Array | None, *small: jax.Array | None) -> jax.Array:
+    """``formula(x, *small)``, which need not be affine, in the dtype of ``x``; ``x`` alone is kept to derive it.
+
+    The arithmetic is that of the statistics; NaN and inf that are masked out read as zero.
+    """
+    stored = (x, weights, None)
+    how = Map(_read, lambda x, _, *small: formula(x, *small), None, x.dtype)
+    return spread(how, _read(*stored), stored, vary(small, x), ())

@@ -31,7 +31,7 @@ def normalize_array(
     near: Array | None = None,
     epsilon: Any,
     centered: bool = True,
-    adjust: Adjust | None = None,
+    adjust: Callable[..., Any] | None = None,
     mask: Array | None = None,
     axis_name: AxisNames | None = None,
     axis_index_groups: Groups | None = None,
@@ -43,7 +43,8 @@ def normalize_array(
     """Check every argument of ``function``, and normalize by statistics ``given`` or by those over ``axes``.
 
     What the normalizations and the layers call. The moments keep the rank of ``x``. ``near`` is a point for each
-    feature, if one is known, that its mean is not far from.
+    feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used, and those
+    whose moments are reported.
     """
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     weights = _axes.check_mask(function, mask, x)
@@ -595,8 +596,8 @@ def measure_array(
     x: jax.Array,
     axes: tuple[int, ...],
     mask: Array | None,
-    axis_name: AxisNames | None,
-    axis_index_groups: Groups | None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
     near: jax.Array | None = None,
 ) -> Moments:
     """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""

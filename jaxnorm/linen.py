@@ -27,6 +27,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jaxnorm import _layers
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation
+from jaxnorm.variants.linen import *  # noqa: F403
 
 Groups = Sequence[Sequence[int]]
 Initializer = nn.initializers.Initializer

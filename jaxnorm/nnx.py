@@ -30,6 +30,7 @@ from flax.nnx.nn.initializers import ones_init, zeros_init
 from jaxnorm import _layers
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation
+from jaxnorm.variants.nnx import *  # noqa: F403
 
 Groups = Sequence[Sequence[int]]
 Metadata = Mapping[str, Any]

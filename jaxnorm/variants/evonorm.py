@@ -1,0 +1,143 @@
+"""EvoNorm: normalization and activation found together, by search."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm import _axes, _rule
+from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._moments import ChannelGroups, Moments
+from jaxnorm._replicas import Replicas
+from jaxnorm.functional import Array, Groups
+from jaxnorm.variants._examples import check_examples, extract, given, merge_batch
+
+
+def evonorm_b0(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    v: Array,
+    *,
+    running: Any = None,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: Array | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+) -> tuple[jax.Array, Moments]:
+    r"""EvoNorm-B0, normalization and activation in one, with statistics of the batch and of each instance.
+
+    .. math:: y = \gamma \, \frac{x}{\max\left(\sqrt{\sigma_B^2 + \epsilon},\; v x + \sqrt{\sigma_{nc}^2 + \epsilon}
+       \right)} + \beta
+
+    Args:
+      x: real floating point array of shape ``(batch, ...)``.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
+      bias: beta, likewise; None for zero.
+      v: one number a feature, likewise; begun with one.
+      running: `RunningStats` in place of the statistics of the batch, at inference; None in training.
+      axis: the feature axis, or several, not the first.
+      epsilon: added to the variances, in the squared unit of ``x``.
+      mask, axis_name, axis_index_groups: as in `standardize`.
+
+    Returns:
+      ``(y, batch)``: ``y`` in the shape and dtype of ``x``, and the `Moments` of the batch for `update_running`.
+
+    Raises:
+      TypeError: an integer or complex array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> x = jnp.array([[[1.0], [3.0]], [[-1.0], [-3.0]]])
+      >>> y, batch = jaxnorm.evonorm_b0(x, None, None, jnp.zeros(1), epsilon=0.0)
+      >>> jnp.allclose(y, x / jnp.sqrt(5.0)).tolist(), batch.var.tolist()
+      (True, [5.0])
+
+    References:
+      Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 1.
+    """
+    function = "evonorm_b0"
+    x, features, axes = check_examples(function, x, axis, real=True)
+    replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
+    epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
+    gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
+    instance = _rule.statistics(_rule.How(axes), x, weights, None)
+    batch = merge_batch(instance, replicas)
+    used = batch if running is None else given(function, running, features, x)
+    own, shared = (jnp.sqrt(var + epsilon) for var in (instance.var, used.var))
+    y = _rule.pointwise(_b0, x, weights, shared, own, slope, gamma * (instance.count > 0), beta)
+    return y, extract(Moments(batch.center + batch.offset, batch.var, batch.count), features)
+
+
+def evonorm_s0(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    v: Array,
+    *,
+    num_groups: int,
+    axis: int = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: Array | None = None,
+) -> jax.Array:
+    r"""EvoNorm-S0, normalization and activation in one, with statistics of groups of channels.
+
+    .. math:: y = \gamma \, \frac{x \, \mathrm{sigmoid}(v x)}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
+
+    Independent of the batch.
+
+    Args:
+      x: real floating point array of shape ``(batch, ...)``.
+      scale: gamma, one per channel, or ``(batch, channels)``; None for one.
+      bias: beta, likewise; None for zero.
+      v: one number a channel, likewise; begun with one.
+      num_groups: how many groups; divides the number of channels.
+      axis: the channel axis, not the first.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      mask: as in `standardize`.
+
+    Returns:
+      ``y`` in the shape and dtype of ``x``.
+
+    Raises:
+      TypeError: an integer or complex array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> jaxnorm.evonorm_s0(jnp.array([[1.0, 3.0]]), None, None, jnp.zeros(2), num_groups=1, epsilon=0.0).tolist()
+      [[0.5, 1.5]]
+
+    References:
+      Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", NeurIPS 2020, table 1.
+    """
+    function = "evonorm_s0"
+    x, features, axes = check_examples(function, x, axis, real=True)
+    if len(features) != 1:
+        _axes.fail(function, "axis must be one axis, that of the channels", {"axis": axis})
+    _axes.check_groups(function, num_groups, x.shape[features[0]])
+    epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
+    gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
+    group = ChannelGroups(*features, num_groups)(_rule.statistics(_rule.How(axes), x, weights, None))
+    multiplier = gamma * (group.count > 0) / jnp.sqrt(group.var + epsilon)
+    return _rule.pointwise(_s0, x, weights, slope, multiplier, beta)
+
+
+def _b0(x, shared, own, v, scale, bias):
+    return x / jnp.maximum(shared, v * x + own) * scale + bias
+
+
+def _s0(x, v, multiplier, bias):
+    return x * jax.nn.sigmoid(v * x) * multiplier + bias
+
+
+def _parameters(function: str, features: tuple[int, ...], x: jax.Array, **values: Array | None) -> list[jax.Array]:
+    """Scale, bias and v along their axes of ``x``; what is None is one or zero, and v must be given."""
+    if values["v"] is None:
+        _axes.fail(function, "v must be given, one number a feature", {"v": None}, TypeError)
+    shape = [n if a in features else 1 for a, n in enumerate(x.shape)]
+    checked = {name: _axes.check_parameter(function, name, value, features, x) for name, value in values.items()}
+    dtype = _axes.statistics_dtype(x.dtype)
+    return [jnp.full(shape, float(name == "scale"), dtype) if p is None else p for name, p in checked.items()]

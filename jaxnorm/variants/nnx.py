@@ -1,0 +1,601 @@
+"""The remedies as Flax NNX layers: parameters and running averages, no arithmetic.
+
+Scale, bias and what a remedy learns besides are ``nnx.Param``; ``mean``, ``var`` and ``count`` of those with running
+averages are ``nnx.BatchStat``. ``train()`` and ``eval()`` choose the statistics.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+import jaxnorm
+from jaxnorm import _axes
+from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._epilogue import Activation
+from jaxnorm.running import RunningStats
+from jaxnorm.variants import _layers
+from jaxnorm.variants._layers import extend_steps
+
+Array = jax.typing.ArrayLike
+Initializer = jax.nn.initializers.Initializer
+ZEROS, ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+
+__all__ = [
+    "AdaIN",
+    "AdaLN",
+    "BatchNormLSTMCell",
+    "BatchRenorm",
+    "ConditionalBatchNorm",
+    "ConditionalInstanceNorm",
+    "ConditionalLayerNorm",
+    "DynamicTanh",
+    "EvoNormB0",
+    "EvoNormS0",
+    "FiLM",
+    "FilterResponseNorm",
+    "GhostBatchNorm",
+    "SequenceBatchNorm",
+    "SplitBatchNorm",
+    "StandardizedConv",
+    "StandardizedLinear",
+    "StepBatchNorm",
+    "SwitchableNorm",
+]
+
+
+class _Remedy(nnx.Module):
+    """A layer with scale and bias.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      axis: the feature axis, or several.
+      epsilon: added to the variance.
+      dtype: of the output; None for the promotion of input and parameters.
+      param_dtype: of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      rngs: keys for the initializers.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        axis: Axes = -1,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = ZEROS,
+        scale_init: Initializer = ONES,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        self.num_features = shape
+        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        affine = shape if not getattr(self, "split_affine", False) else (getattr(self, "num_domains"), *shape)  # noqa: B009
+        for name, (used, init) in {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}.items():
+            value = nnx.Param(init(rngs.params(), affine, param_dtype)) if used else nnx.data(None)
+            setattr(self, name, value)
+        self.remedy = _layers.name_of(self)
+        for extra, (own, start) in _layers.REMEDIES[self.remedy].parameters.items():
+            setattr(self, extra, nnx.Param(jnp.full(shape if own is None else own, start, param_dtype)))
+
+    def _parameters(self) -> dict[str, Any]:
+        names = ("scale", "bias", *_layers.REMEDIES[self.remedy].parameters)
+        stored = {name: getattr(self, name) for name in names}
+        return {name: None if value is None else value[...] for name, value in stored.items()}
+
+    def _normalize(self, x, *inputs, parameters=None, running=None, use_running_average=None, **settings):
+        parameters = self._parameters() if parameters is None else parameters
+        x = jnp.asarray(x)
+        features = _axes.canonical_axes(self.remedy, "axis", self.axis, x.ndim)
+        if tuple(x.shape[a] for a in features) != self.num_features:
+            rule = "x must have the features that the layer was built for"
+            _axes.fail(self.remedy, rule, {"x_shape": x.shape, "built_for": self.num_features})
+        x = x.astype(dtypes.canonicalize_dtype(x, *parameters.values(), dtype=self.dtype))
+        return _layers.call(
+            self, x, parameters, running, inputs, settings,
+            use_running_average=use_running_average, initializing=False,
+        )  # fmt: skip
+
+
+class _Averaged(_Remedy):
+    """A layer with running averages.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      use_running_average: normalize by the running averages instead of the statistics of the batch.
+      momentum: the weight of the *old* running average.
+      axis_name: mapped axis or axes whose replicas are normalized together.
+      axis_index_groups: lists of replicas; each is normalized with its own list only.
+      steps: how many time steps have averages of their own, each seen by itself under ``nnx.scan``; None for none.
+      settings: of every layer: axis, epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, rngs.
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        momentum: float = 0.99,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_features, **settings)
+        self.use_running_average, self.momentum = use_running_average, momentum
+        self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
+        leading = _layers.REMEDIES[self.remedy].leading
+        shape = self.num_features if leading is None else (leading(self), *self.num_features)
+        shape = shape if steps is None else (steps, *shape)
+        self.mean, self.count = (nnx.BatchStat(jnp.zeros(shape, jnp.float32)) for _ in range(2))
+        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+
+    def _average(self, x, *inputs, use_running_average=None, **settings) -> jax.Array:
+        use = self.use_running_average if use_running_average is None else use_running_average
+        stored = (self.mean, self.var, self.count)
+        running = RunningStats(*(variable[...] for variable in stored))
+        y, new = self._normalize(x, *inputs, running=running, use_running_average=use, **settings)
+        for variable, value in zip(stored, new or (), strict=False):
+            variable[...] = value
+        return y
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Used by ``nnx.view``.
+
+        Args:
+          use_running_average: normalize by the running averages instead of the statistics of the batch.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class GhostBatchNorm(_Averaged):
+    """`jaxnorm.ghost_batch_norm` with scale, bias and running averages.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      virtual_batch_size: how many consecutive examples are normalized together.
+      activation: applied last.
+      settings: as of every layer with averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import GhostBatchNorm
+      >>> layer = GhostBatchNorm(1, virtual_batch_size=2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0], [3.0], [10.0], [30.0]])).round(3).tolist()
+      [[-1.0], [1.0], [-1.0], [1.0]]
+    """
+
+    def __init__(
+        self, num_features, *, virtual_batch_size: int, activation: Activation = None, **settings: Any
+    ) -> None:
+        super().__init__(num_features, **settings)
+        self.virtual_batch_size, self.activation = virtual_batch_size, activation
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
+        settings = {"mask": mask, "residual": residual, "activation": self.activation}
+        return self._average(x, use_running_average=use_running_average, **settings)
+
+
+class BatchRenorm(_Averaged):
+    """`jaxnorm.batch_renorm` with scale, bias and running averages; ``steps`` counts the updates.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      r_max: bound of r, or a schedule: a function of the number of updates, as optax has them.
+      d_max: bound of d, likewise.
+      activation: applied last.
+      settings: as of every layer with averages.
+    """
+
+    def __init__(
+        self,
+        num_features,
+        *,
+        r_max: float | Callable[[Any], Any] = 3.0,
+        d_max: float | Callable[[Any], Any] = 5.0,
+        activation: Activation = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_features, **settings)
+        self.r_max, self.d_max, self.activation = r_max, d_max, activation
+        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
+        settings = {"mask": mask, "residual": residual, "activation": self.activation}
+        y = self._average(x, self.steps[...], use_running_average=use_running_average, **settings)
+        if not (self.use_running_average if use_running_average is None else use_running_average):
+            self.steps[...] += 1
+        return y
+
+
+class SplitBatchNorm(_Averaged):
+    """`jaxnorm.split_batch_norm` with running averages of every domain; scale and bias are shared, or one a domain.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      num_domains: how many domains there are.
+      split_affine: whether every domain has a scale and a bias of its own.
+      activation: applied last.
+      settings: as of every layer with averages.
+    """
+
+    def __init__(
+        self,
+        num_features,
+        *,
+        num_domains: int,
+        split_affine: bool = False,
+        activation: Activation = None,
+        **settings: Any,
+    ) -> None:
+        self.num_domains, self.split_affine, self.activation = num_domains, split_affine, activation
+        super().__init__(num_features, **settings)
+
+    def __call__(
+        self,
+        x: Array,
+        domain: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize ``x``, whose examples are of ``domain``; the rest as in `jaxnorm.standardize`."""
+        use = self.use_running_average if use_running_average is None else use_running_average
+        parameters = self._parameters()
+        if self.split_affine and use:
+            parameters = {n: None if v is None else v[domain] for n, v in parameters.items()}
+        settings = {"mask": mask, "residual": residual, "activation": self.activation}
+        return self._average(x, domain, parameters=parameters, use_running_average=use, **settings)
+
+
+class SwitchableNorm(_Averaged):
+    """`jaxnorm.switchable_norm` with ``mean_logits`` and ``var_logits``, begun with equal weights.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      activation: applied last.
+      settings: as of every layer with averages.
+    """
+
+    def __init__(self, num_features, *, activation: Activation = None, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        self.activation = activation
+
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
+        settings = {"mask": mask, "residual": residual, "activation": self.activation}
+        return self._average(x, use_running_average=use_running_average, **settings)
+
+
+class EvoNormB0(_Averaged):
+    """`jaxnorm.evonorm_b0` with ``v``, begun with one. Activation included."""
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> jax.Array:
+        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
+        return self._average(x, use_running_average=use_running_average, mask=mask)
+
+
+class EvoNormS0(_Remedy):
+    """`jaxnorm.evonorm_s0` with ``v``, begun with one. Activation included.
+
+    Args:
+      num_features: how many channels.
+      num_groups: how many groups; divides the number of channels.
+      settings: as of every layer.
+    """
+
+    def __init__(self, num_features, *, num_groups: int = 32, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        self.num_groups = num_groups
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> jax.Array:
+        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
+        return self._normalize(x, mask=mask)[0]
+
+
+class FilterResponseNorm(_Remedy):
+    """`jaxnorm.filter_response_norm` with ``threshold``, begun with zero: a ReLU."""
+
+    def __init__(self, num_features, *, epsilon: float = 1e-6, **settings: Any) -> None:
+        super().__init__(num_features, epsilon=epsilon, **settings)
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> jax.Array:
+        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
+        return self._normalize(x, mask=mask)[0]
+
+
+class DynamicTanh(_Remedy):
+    """`jaxnorm.dynamic_tanh` with ``alpha``, begun with 0.5. There is no epsilon in it."""
+
+    def __call__(self, x: Array) -> jax.Array:
+        """Squash ``x``."""
+        return self._normalize(x)[0]
+
+
+class SequenceBatchNorm(_Averaged):
+    """Batch normalization of ``(batch, time, *features)`` by statistics of each time step; scale and bias are shared.
+
+    At inference a step beyond the last one seen has the averages of that one (Cooijmans et al., 2017).
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      max_length: how many steps have averages; sequences may be shorter, and longer at inference.
+      activation: applied last.
+      settings: as of every layer with averages.
+    """
+
+    def __init__(self, num_features, *, max_length: int, activation: Activation = None, **settings: Any) -> None:
+        self.max_length, self.activation = max_length, activation
+        super().__init__(num_features, **settings)
+
+    def __call__(self, x: Array, lengths: Array | None = None, use_running_average: bool | None = None) -> jax.Array:
+        """Normalize ``x``, of which ``lengths`` steps of each sequence count; None for all."""
+        mask = None
+        if lengths is not None:
+            mask = jnp.expand_dims(jaxnorm.length_mask(lengths, jnp.shape(x)[1]), range(2, jnp.ndim(x)))
+        return self._average(x, use_running_average=use_running_average, mask=mask, activation=self.activation)
+
+
+class _Modulation(nnx.Module):
+    """Scale and bias of each example, computed from a condition of shape ``(batch, conditions)``."""
+
+    def __init__(self, conditions: int, features: int, *, parts: int = 2, rngs: nnx.Rngs) -> None:
+        self.parts = parts
+        self.dense = nnx.Linear(conditions, parts * features, kernel_init=ZEROS, rngs=rngs)
+
+    def __call__(self, condition: Array) -> list[jax.Array]:
+        """Scale, bias and what else there is."""
+        scale, *rest = jnp.split(self.dense(jnp.asarray(condition)), self.parts, axis=-1)
+        return [1 + scale, *rest]
+
+    def parameters(self, condition: Array) -> dict[str, jax.Array]:
+        """Scale and bias by name."""
+        return dict(zip(("scale", "bias"), self(condition), strict=True))
+
+
+class ConditionalBatchNorm(_Averaged):
+    """Batch normalization with scale and bias from a condition, of classes a one-hot vector (de Vries et al., 2017).
+
+    Args:
+      num_features: how many features.
+      conditions: the size of the condition.
+      activation: applied last.
+      rngs: keys for the initializers.
+      settings: as of every layer with averages.
+    """
+
+    def __init__(
+        self, num_features: int, conditions: int, *, activation: Activation = None, rngs: nnx.Rngs, **settings: Any
+    ) -> None:
+        super().__init__(num_features, use_scale=False, use_bias=False, rngs=rngs, **settings)
+        self.activation, self.modulation = activation, _Modulation(conditions, num_features, rngs=rngs)
+
+    def __call__(
+        self, x: Array, condition: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> jax.Array:
+        """Normalize ``x``, modulated by ``condition`` of shape ``(batch, conditions)``."""
+        parameters = self.modulation.parameters(condition)
+        settings = {"mask": mask, "activation": self.activation, "parameters": parameters}
+        return self._average(x, use_running_average=use_running_average, **settings)
+
+
+class ConditionalInstanceNorm(_Remedy):
+    """Instance normalization with scale and bias from a condition (Dumoulin et al., 2017).
+
+    Args:
+      num_features: how many features.
+      conditions: the size of the condition.
+      rngs: keys for the initializers.
+      settings: as of every layer.
+    """
+
+    def __init__(self, num_features: int, conditions: int, *, rngs: nnx.Rngs, **settings: Any) -> None:
+        super().__init__(num_features, use_scale=False, use_bias=False, rngs=rngs, **settings)
+        self.modulation = _Modulation(conditions, num_features, rngs=rngs)
+
+    def __call__(self, x: Array, condition: Array, *, mask: Array | None = None) -> jax.Array:
+        """Normalize ``x``, modulated by ``condition`` of shape ``(batch, conditions)``."""
+        return self._normalize(x, parameters=self.modulation.parameters(condition), mask=mask)[0]
+
+
+class ConditionalLayerNorm(ConditionalInstanceNorm):
+    """Layer normalization with scale and bias from a condition: adaLN (Peebles and Xie, 2023)."""
+
+    def __init__(self, num_features: int, conditions: int, *, epsilon: float = 1e-6, **settings: Any) -> None:
+        super().__init__(num_features, conditions, epsilon=epsilon, **settings)
+
+
+class AdaLN(nnx.Module):
+    """adaLN-Zero (Peebles and Xie, 2023): `ConditionalLayerNorm`, and a gate for what the block makes of its output.
+
+    Args:
+      num_features: how many features.
+      conditions: the size of the condition.
+      axis: the feature axis.
+      epsilon: added to the variance.
+      rngs: keys for the initializers.
+    """
+
+    def __init__(
+        self, num_features: int, conditions: int, *, axis: int = -1, epsilon: float = 1e-6, rngs: nnx.Rngs
+    ) -> None:
+        self.axis, self.epsilon = axis, epsilon
+        self.modulation = _Modulation(conditions, num_features, parts=3, rngs=rngs)
+
+    def __call__(self, x: Array, condition: Array) -> tuple[jax.Array, jax.Array]:
+        """The normalized ``x``; and the gate, zero at first, in a shape that broadcasts against it."""
+        scale, bias, gate = self.modulation(jax.nn.silu(condition))
+        x = jnp.asarray(x)
+        x = x.astype(dtypes.canonicalize_dtype(x, scale))
+        y = jaxnorm.layer_norm(x, scale, bias, axis=self.axis, epsilon=self.epsilon)
+        return y, _axes.expand(gate, (0, self.axis % x.ndim), x.ndim)
+
+
+class FiLM(nnx.Module):
+    """Feature-wise linear modulation (Perez et al., 2018): scale and bias from a condition, and no normalization.
+
+    Args:
+      num_features: how many features.
+      conditions: the size of the condition.
+      axis: the feature axis.
+      rngs: keys for the initializers.
+    """
+
+    def __init__(self, num_features: int, conditions: int, *, axis: int = -1, rngs: nnx.Rngs) -> None:
+        self.axis, self.modulation = axis, _Modulation(conditions, num_features, rngs=rngs)
+
+    def __call__(self, x: Array, condition: Array) -> jax.Array:
+        """Modulate ``x`` by ``condition`` of shape ``(batch, conditions)``."""
+        x = jnp.asarray(x)
+        scale, bias = (_axes.expand(v, (0, self.axis % x.ndim), x.ndim) for v in self.modulation(condition))
+        return x * scale + bias
+
+
+class AdaIN(nnx.Module):
+    """Adaptive instance normalization (Huang and Belongie, 2017): mean and deviation of a style. Nothing is learned.
+
+    Args:
+      axis: the feature axis.
+      epsilon: added to the variances.
+    """
+
+    def __init__(self, *, axis: int = -1, epsilon: float = 1e-5) -> None:
+        self.axis, self.epsilon = axis, epsilon
+
+    def __call__(self, x: Array, style: Array) -> jax.Array:
+        """The content ``x`` with the statistics of every example and channel of ``style``."""
+        return _layers.adaptive(x, style, self.axis, self.epsilon)
+
+
+class _Standardized:
+    """A layer whose kernel is standardized before it is used, where its arguments are promoted."""
+
+    kernel: Any
+    gain: Any
+
+    def __init__(self, *args: Any, promote_dtype: Callable[..., Any] = dtypes.promote_dtype, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        del self.promote_dtype  # of the instance: that of the class follows
+        self.promoted = promote_dtype
+        self.gain = nnx.Param(jnp.ones(self.kernel.shape[-1:], self.kernel.dtype))
+
+    def promote_dtype(self, arguments: Any, *, dtype: Any) -> Any:
+        """Standardize the kernel, then promote the dtypes of input, kernel and bias."""
+        x, kernel, bias = arguments
+        gain = self.gain[...] * (math.prod(kernel.shape[:-1]) ** -0.5)
+        return self.promoted((x, jaxnorm.standardize_weights(kernel, gain), bias), dtype=dtype)
+
+
+class StandardizedConv(_Standardized, nnx.Conv):
+    """``nnx.Conv`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``."""
+
+
+class StandardizedLinear(_Standardized, nnx.Linear):
+    """``nnx.Linear`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``."""
+
+
+class StepBatchNorm(_Averaged):
+    """Batch normalization of one time step; begun with a scale of 0.1 and no bias.
+
+    Args:
+      num_features: how many features, or the shape of the feature axes.
+      scale_init: initializer of the scale.
+      use_bias: whether there is a bias.
+      settings: as of every layer with averages, ``steps`` among them.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        scale_init: Initializer = jax.nn.initializers.constant(0.1),  # noqa: B008
+        use_bias: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(num_features, scale_init=scale_init, use_bias=use_bias, **settings)
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> jax.Array:
+        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
+        return self._average(x, use_running_average=use_running_average, mask=mask)
+
+
+class BatchNormLSTMCell(nnx.Module):
+    """An LSTM cell with recurrent batch normalization (Cooijmans et al., "Recurrent Batch Normalization", ICLR 2017).
+
+    Every step has averages of its own, which ``nnx.scan`` splits along the first axis.
+
+    Args:
+      in_features: the size of the input.
+      features: the size of the state.
+      steps: how many steps there are.
+      rngs: keys for the initializers.
+      settings: of the norms: use_running_average, momentum, axis_name, axis_index_groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import BatchNormLSTMCell
+      >>> cell = BatchNormLSTMCell(2, 4, steps=5, rngs=nnx.Rngs(0))
+      >>> axes = nnx.StateAxes({nnx.BatchStat: 0, ...: None})
+      >>> scan = nnx.scan(lambda cell, c, x: cell(c, x), in_axes=(axes, nnx.Carry, 1), out_axes=(nnx.Carry, 1))
+      >>> _, y = scan(cell, (jnp.zeros((3, 4)),) * 2, jnp.ones((3, 5, 2)))
+      >>> y.shape, cell.norm_c.mean.shape
+      ((3, 5, 4), (5, 4))
+    """
+
+    def __init__(self, in_features: int, features: int, *, steps: int, rngs: nnx.Rngs, **settings: Any) -> None:
+        orthogonal = nnx.initializers.orthogonal()
+        self.dense_h = nnx.Linear(features, 4 * features, use_bias=False, kernel_init=orthogonal, rngs=rngs)
+        self.dense_x = nnx.Linear(in_features, 4 * features, use_bias=False, rngs=rngs)
+        self.norm_h, self.norm_x = (StepBatchNorm(4 * features, steps=steps, rngs=rngs, **settings) for _ in range(2))
+        self.norm_c = StepBatchNorm(features, steps=steps, use_bias=True, rngs=rngs, **settings)
+        self.bias = nnx.Param(jnp.zeros(4 * features))
+
+    def __call__(self, carry: tuple[Any, Any], x: Array, mask: Array | None = None) -> tuple[Any, jax.Array]:
+        """One step from ``carry``, cell and hidden state; ``mask`` of shape ``(batch, 1)``."""
+        norms = [lambda v, norm=norm: norm(v, mask=mask) for norm in (self.norm_h, self.norm_x, self.norm_c)]
+        return _layers.recurrent_step((self.dense_h, self.dense_x), norms, self.bias[...][None], carry, x)
+
+    def extend(self, steps: int) -> None:
+        """Continue the averages for so many steps: those beyond the last one seen have its averages."""
+        for norm in (self.norm_h, self.norm_x, self.norm_c):
+            stored = {name: getattr(norm, name) for name in ("mean", "var", "count")}
+            for name, value in extend_steps({n: v[...] for n, v in stored.items()}, steps).items():
+                setattr(norm, name, nnx.BatchStat(value))

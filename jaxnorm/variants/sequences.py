@@ -1,0 +1,87 @@
+"""Sequences of varying length: masks from lengths, and statistics for each time step."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm import _axes
+from jaxnorm.functional import Array
+from jaxnorm.running import RunningStats
+
+
+def length_mask(lengths: Array, length: int) -> jax.Array:
+    """Which time steps belong to sequences of these lengths.
+
+    A step that is padding is not measured: statistics over sequences of varying length are those of their values.
+
+    Args:
+      lengths: integers of any shape, one a sequence.
+      length: how many steps the arrays have.
+
+    Returns:
+      Booleans of shape ``(*lengths.shape, length)``. With features last, the ``mask`` is ``[..., None]`` of it.
+
+    Raises:
+      TypeError: ``lengths`` are no integers, or ``length`` is none.
+      ValueError: ``length`` is negative.
+
+    Example:
+      Shared by all steps, or for each of them, features being time and channel:
+
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> x = jnp.array([[[1.0], [2.0]], [[3.0], [0.0]]])
+      >>> mask = jaxnorm.length_mask(jnp.array([2, 1]), 2)[..., None]
+      >>> y, shared = jaxnorm.batch_norm(x, mask=mask)
+      >>> y, steps = jaxnorm.batch_norm(x, axis=(1, 2), mask=mask)
+      >>> shared.mean.tolist(), steps.mean.tolist()
+      ([2.0], [[2.0], [2.0]])
+
+    References:
+      Laurent, Pereyra, Brakel, Zhang and Bengio, "Batch Normalized Recurrent Neural Networks", 2016, for shared
+      statistics; Cooijmans et al., "Recurrent Batch Normalization", ICLR 2017, for those of each step.
+    """
+    lengths = _axes.as_array("length_mask", "lengths", lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        _axes.fail("length_mask", "lengths must be integers", {"dtype": str(lengths.dtype)}, TypeError)
+    (length,) = _axes.check_shape("length_mask", "length", operator.index(length) if _whole(length) else length)
+    return jnp.expand_dims(lengths, -1) > jnp.expand_dims(jnp.arange(length), range(lengths.ndim))
+
+
+def _whole(value) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def running_at(running: RunningStats, steps: Array) -> RunningStats:
+    """The running averages of time steps, those of the last step that was seen for the steps beyond it.
+
+    Args:
+      running: `RunningStats` of shape ``(time, *features)``, as `update_running` makes of the statistics of each step.
+      steps: integers of any shape, zero or more: one step, or ``jnp.arange(length)`` for all of a sequence.
+
+    Returns:
+      `RunningStats` of shape ``(*steps.shape, *features)``.
+
+    Raises:
+      TypeError: ``steps`` are no integers.
+      ValueError: ``running`` has no axis of time.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> seen = jaxnorm.Moments(jnp.array([[1.0], [2.0], [0.0]]), jnp.ones((3, 1)), jnp.array([[8.0], [4.0], [0.0]]))
+      >>> running = jaxnorm.update_running(jaxnorm.init_running((3, 1)), seen, alpha=1.0)
+      >>> jaxnorm.running_at(running, jnp.arange(5)).mean.ravel().tolist()
+      [1.0, 2.0, 2.0, 2.0, 2.0]
+
+    References:
+      Cooijmans, Ballas, Laurent, Gulcehre and Courville, "Recurrent Batch Normalization", ICLR 2017, section 3.
+    """
+    steps = _axes.as_array("running_at", "steps", steps)
+    if not jnp.issubdtype(steps.dtype, jnp.integer):
+        _axes.fail("running_at", "steps must be integers", {"dtype": str(steps.dtype)}, TypeError)
+    shape = jnp.shape(running.count)
+    if not shape or not shape[0]:
+        _axes.fail("running_at", "running must have time as its first axis", {"shape": shape})
+    seen = jnp.any(running.count.reshape(shape[0], -1) > 0, axis=1)
+    last = jnp.max(jnp.where(seen, jnp.arange(shape[0]), 0))
+    return RunningStats(*(jnp.take(v, jnp.minimum(steps, last), axis=0) for v in running))

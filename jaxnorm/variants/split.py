@@ -1,0 +1,120 @@
+"""Split batch normalization: every example with the examples of its domain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxnorm import _axes
+from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._epilogue import Activation
+from jaxnorm._moments import Moments, Statistics
+from jaxnorm._replicas import Replicas
+from jaxnorm.functional import Array, Groups, normalize_array
+from jaxnorm.variants._examples import check_examples, extract, merge_labelled, of_label
+
+
+def split_batch_norm(
+    x: Array,
+    domain: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    num_domains: int,
+    axis: Axes = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: Array | None = None,
+    axis_name: AxisNames | None = None,
+    axis_index_groups: Groups | None = None,
+    activation: Activation = None,
+    residual: Array | None = None,
+    invertible: bool = False,
+) -> tuple[jax.Array, Moments]:
+    r"""Normalize every example by the statistics of the examples of its domain.
+
+    .. math:: y = \gamma_k \, \frac{x - \mu_k}{\sqrt{\sigma_k^2 + \epsilon}} + \beta_k
+
+    for an example of domain k. One batch may hold several domains in any order: clean and adversarial examples, source
+    and target of an adaptation.
+
+    Args:
+      x: real or complex floating point array of shape ``(batch, ...)``.
+      domain: integers of shape ``(batch,)`` in ``[0, num_domains)``; an example of another number has no statistics.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(num_domains, *features)``; None for one.
+      bias: beta, likewise; None for zero.
+      num_domains: how many domains there are.
+      axis: the feature axis, or several, not the first.
+      epsilon: added to the variance, in the squared unit of ``x``.
+      mask, axis_name, axis_index_groups, activation, residual, invertible: as in `standardize`.
+
+    Returns:
+      ``(y, batch)``: ``y`` in the shape and dtype of ``x``; and the `Moments` of each domain, ``(num_domains,
+      *features)``, for `update_running`, which leaves the averages of a domain without examples as they were. At
+      inference, ``normalize(x, (running.mean[domain], running.var[domain]), ...)``.
+
+    Raises:
+      TypeError: an integer array, or an argument of the wrong type.
+      ValueError: an argument that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnorm
+      >>> x, domain = jnp.array([[1.0], [10.0], [3.0], [30.0]]), jnp.array([0, 1, 0, 1])
+      >>> y, batch = jaxnorm.split_batch_norm(x, domain, num_domains=2, epsilon=0.0)
+      >>> y.tolist(), batch.mean.tolist()
+      ([[-1.0], [-1.0], [1.0], [1.0]], [[2.0], [20.0]])
+
+    References:
+      Xie et al., "Adversarial Examples Improve Image Recognition", CVPR 2020. Chang et al., "Domain-Specific Batch
+      Normalization for Unsupervised Domain Adaptation", CVPR 2019.
+    """
+    function = "split_batch_norm"
+    x, features, axes = check_examples(function, x, axis)
+    replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
+    domain = check_domain(function, domain, num_domains, x)
+    shape = tuple(x.shape[a] for a in features)
+
+    def of_examples(name: str, value: Array | None) -> jax.Array | None:
+        if value is None:
+            return None
+        value = _axes.as_input(function, name, value)
+        if value.shape not in (shape, (num_domains, *shape)):
+            rule = f"{name} must have the shape of the feature axes of x, {shape}, or (num_domains, *features)"
+            _axes.fail(function, rule, {"shape": value.shape, "num_domains": num_domains})
+        return value if value.shape == shape else of_label(value, domain)
+
+    def adjust(examples: Statistics) -> tuple[Statistics, Statistics]:
+        reported, used = merge_labelled(examples, domain, num_domains, replicas)
+        return used, reported
+
+    y, batch = normalize_array(
+        function,
+        x,
+        of_examples("scale", scale),
+        of_examples("bias", bias),
+        features=features,
+        axes=axes,
+        epsilon=epsilon,
+        adjust=adjust,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        invertible=invertible,
+    )
+    return y, extract(batch, (0, *features))
+
+
+def check_domain(function: str, domain: Array, num_domains: int, x: jax.Array) -> jax.Array:
+    """``domain`` as integers, one an example; in range where they are known."""
+    if isinstance(num_domains, bool) or not isinstance(num_domains, int | np.integer):
+        _axes.fail(function, "num_domains must be an integer", {"num_domains": num_domains}, TypeError)
+    if num_domains < 1:
+        _axes.fail(function, "num_domains must be positive", {"num_domains": num_domains})
+    domain = _axes.as_array(function, "domain", domain)
+    if not jnp.issubdtype(domain.dtype, jnp.integer):
+        _axes.fail(function, "domain must hold integers", {"dtype": str(domain.dtype)}, TypeError)
+    if domain.shape != x.shape[:1]:
+        _axes.fail(function, f"domain must have one number an example, {x.shape[:1]}", {"shape": domain.shape})
+    if not isinstance(domain, Tracer) and not ((domain >= 0) & (domain < num_domains)).all():
+        got = {"smallest": int(domain.min()), "largest": int(domain.max()), "num_domains": num_domains}
+        _axes.fail(function, "domain must lie in [0, num_domains)", got)
+    return domain
