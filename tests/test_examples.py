@@ -43,6 +43,7 @@ def curve(history):
     return np.float32([[epoch["train_loss"], epoch["loss"]] for epoch in history])
 
 
+@pytest.mark.slow
 def test_same_curve_on_eight_devices(trained, tmp_path):
     script, _, _, expected, _ = trained
     _, history = script.train(tmp_path, model=small(script), **SHORT)

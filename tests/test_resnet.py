@@ -100,6 +100,7 @@ def test_linen(rng):
     assert_same(step(jaxnorm.linen.BatchNorm), step(nn.BatchNorm))
 
 
+@pytest.mark.slow
 def test_nnx(rng):
     images, labels = data(rng)
 

@@ -78,6 +78,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.slow
 def test_causes_of_collapsed_evaluation_are_named(cause, rng):
     """Each made on purpose, in a small training."""
     settings, how, scale = CAUSES[cause]

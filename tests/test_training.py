@@ -81,6 +81,7 @@ def test_both_roads_agree_for_every_norm():
     jax.tree.map(lambda a, b: assert_close(a, b, 16 * 64 * 64), state_by_hand.batch_stats, state.batch_stats)
 
 
+@pytest.mark.slow
 def test_invertible_training_is_the_same_training():
     model = training.CNN(widths=(8, 8), activation="leaky_relu")
     losses, state = run(model.clone(invertible=True), 4, "shard_map", steps=5)
@@ -90,6 +91,7 @@ def test_invertible_training_is_the_same_training():
         assert_close(a, b, 5**2 * 64 * 64)
 
 
+@pytest.mark.slow
 def test_accumulation_without_batch_statistics_is_one_large_batch():
     (losses, state), (losses_4, state_4) = (
         run(training.CNN(widths=(8, 8), norm="group"), 2, accumulate=a, steps=4) for a in (1, 4)
@@ -265,6 +267,7 @@ def test_recalibrated_statistics_are_those_of_the_data_set():
         training.recalibrate(training.make_measure_step(model, mesh), state, [])
 
 
+@pytest.mark.slow
 def test_recalibration_rescues_stale_averages():
     """Averages that hardly moved leave a trained network at chance; recalibration alone gives its proper accuracy."""
     mesh, model = mesh_of(4), training.CNN(widths=(16, 16), momentum=0.9999)
