@@ -26,7 +26,7 @@ from jaxnorm._axes import statistics_dtype
 from jaxnorm._epilogue import STATELESS, Function, applied, hoist, identity
 from jaxnorm._moments import ChannelGroups, Moments, Statistics, abs_sq, apply_weights, divisor, measure, measured
 from jaxnorm._replicas import Replicas, merge_replicas, vary
-from jaxnorm._xla import Map, is_zero, optimization_barrier, recomputed, spread, sum_over
+from jaxnorm._xla import Map, apart, is_zero, optimization_barrier, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 save_statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
@@ -191,7 +191,8 @@ def _standardize(
     statistics = used = local
     if local is None:
         local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known, differentiated)
-        used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
+        adjust = apart(how.adjust) if isinstance(how.adjust, ChannelGroups) and not how.plain else how.adjust
+        used = statistics if adjust is None else adjust(statistics, *a.of_adjust)
         if not isinstance(used, Statistics):
             used, statistics = used
     relative = used if origin is None else _relative(used, origin)

@@ -100,6 +100,21 @@ def outlined(function: Function) -> Function:
     return marked
 
 
+def apart(function: Function) -> Function:
+    """``function`` of small arrays, of which XLA does not mix the derivative with what is spread over the data."""
+
+    def derivative(primals, tangents):
+        return jax.jvp(function, primals, tangents)[1]
+
+    def rule(primals, tangents):
+        branches = {"cpu": outlined(derivative), "default": derivative}
+        return function(*primals), lax.platform_dependent(primals, tangents, **branches)
+
+    with_rule = jax.custom_jvp(function)
+    with_rule.defjvp(rule)
+    return with_rule if one_cpu() else function
+
+
 def total(function: Function, axes: tuple[int, ...], *data: Any, differentiated: bool) -> jax.Array:
     """The sum over ``axes`` of what ``function`` makes of the data.
 
