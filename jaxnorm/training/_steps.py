@@ -118,7 +118,7 @@ def _forward(model: nn.Module, params: Any, batch_stats: Any, batch: Batch) -> t
 
     def moments(stats, sown):
         if "mean" in stats:
-            return sown["moments"][0]
+            return Moments(sown["batch_mean"], sown["batch_var"], sown["batch_count"])
         return {name: moments(inner, sown[name]) for name, inner in stats.items()}
 
     return logits, moments(batch_stats, updates.get("intermediates", {}))
