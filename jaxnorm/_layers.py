@@ -179,6 +179,12 @@ def check_start(function: str, layer: Any, init: Any, shape: tuple[int, ...], dt
         fail(function, rule, {"smallest": smallest})
 
 
+def normalize(function: str, layer: Any, reduction: Reduction, **settings: Any) -> jax.Array:
+    """The output of a layer that normalizes by the statistics of its input, and has no others."""
+    replicas = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
+    return normalize_array(function, **reduction._asdict(), **replicas, **settings)[0]
+
+
 def batch_norm(
     function: str,
     layer: Any,
@@ -226,8 +232,9 @@ def batch_norm(
 
 def warn_if_never_updated(function: str, running: RunningStats) -> None:
     """Warn of averages that are still those of initialization, where their values can be seen: outside of ``jit``."""
-    if isinstance(running.mean, Tracer) or isinstance(running.var, Tracer):
-        return
+    for value in (running.mean, running.var):
+        if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+            return
     if np.all(np.asarray(running.mean) == 0) and np.all(np.asarray(running.var) == 1):
         message = (
             "the running averages in use were never updated, and the input passes almost unchanged;"

@@ -65,7 +65,7 @@ def _arguments(
     if layer.is_initializing():
         _layers.check_start(label, layer, layer.scale_init, shape, dtype)
     activation, after = _layers.epilogue(layer, nn.Module)
-    arguments = {"x": x, "scale": scale, "bias": bias, "features": features, "epsilon": layer.epsilon, "dtype": dtype}
+    arguments = {"x": x, "scale": scale, "bias": bias, "epsilon": layer.epsilon, "dtype": dtype}
     return arguments | {"activation": activation, "invertible": layer.invertible}, after
 
 
@@ -104,20 +104,10 @@ class _Layer(nn.Module):
           ValueError: the features are not those of initialization, or an argument does not fit.
         """
         x, label = _layers.as_input(x), _layers.label(self, self.path)
-        features, axes, centered, adjust = self._reduction(label, self, x.shape)
-        arguments, after = _arguments(self, label, x, features, trainable)
-        y, _ = _layers.normalize_array(
-            label,
-            **arguments,
-            axes=axes,
-            centered=centered,
-            adjust=adjust,
-            mask=mask,
-            residual=residual,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            initializing=self.is_initializing(),
-        )
+        reduction, initializing = self._reduction(label, self, x.shape), self.is_initializing()
+        arguments, after = _arguments(self, label, x, reduction.features, trainable)
+        called = {"mask": mask, "residual": residual, "initializing": initializing}
+        y = _layers.normalize(label, self, reduction, **called, **arguments)
         return after(y)
 
 
@@ -268,7 +258,7 @@ class BatchNorm(_Layer, _Replicated, _Affine, _Averaged):
         switches = {"use_running_average": use_running, "update": update and not initializing}
         values, state = [average.value for average in averages], {"initializing": initializing, "mask": mask}
         y, batch, running = _layers.batch_norm(
-            label, self, averages=values, residual=residual, **switches, **state, **arguments
+            label, self, averages=values, features=features, residual=residual, **switches, **state, **arguments
         )
         for average, new in zip(averages, running or (), strict=False):
             average.value = new

@@ -124,7 +124,7 @@ class _Layer(nnx.Module):
         x, *promoted = self.promote_dtype((x, *between, *parameters), dtype=self.dtype)
         scale, bias, *_ = (*promoted[len(between) :], None)
         activation, after = _layers.epilogue(self, nnx.Module)
-        arguments = {"x": _layers.as_input(x), "features": features, "epsilon": self.epsilon, "activation": activation}
+        arguments = {"x": _layers.as_input(x), "epsilon": self.epsilon, "activation": activation}
         arguments |= {"scale": self._fit(scale, shape), "bias": self._fit(bias, shape), "invertible": self.invertible}
         return arguments | {"dtype": dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)}, after
 
@@ -146,19 +146,9 @@ class _Layer(nnx.Module):
           ValueError: the features are not those the layer was built for, or an argument does not fit.
         """
         label = _layers.label(self)
-        features, axes, centered, adjust = self._reduction(label, self, jnp.shape(x))
-        arguments, after = self._arguments(x, features, trainable)
-        y, _ = _layers.normalize_array(
-            label,
-            **arguments,
-            axes=axes,
-            centered=centered,
-            adjust=adjust,
-            mask=mask,
-            residual=residual,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-        )
+        reduction = self._reduction(label, self, jnp.shape(x))
+        arguments, after = self._arguments(x, reduction.features, trainable)
+        y = _layers.normalize(label, self, reduction, mask=mask, residual=residual, **arguments)
         return after(y)
 
     def set_view(self, trainable: bool | None = None) -> None:
@@ -267,10 +257,12 @@ class BatchNorm(_Affine):
         values = [self._fit(average[...], shape) for average in averages]
         switches = {"use_running_average": use_running, "update": update}
         y, _, running = _layers.batch_norm(
-            label, self, averages=values, mask=mask, residual=residual, **switches, **arguments
+            label, self, averages=values, features=features, mask=mask, residual=residual, **switches, **arguments
         )
         for average, new in zip(averages, running or (), strict=False):
-            _keep(average, new.reshape(self._shape))
+            # In its own type, as in Flax, but for what no real number holds; whole, since its sharding may change.
+            dtype = new.dtype if jnp.iscomplexobj(new) else average[...].dtype
+            average.set_value(new.reshape(self._shape).astype(dtype))
         return after(y)
 
     def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -291,14 +283,6 @@ class BatchNorm(_Affine):
             self.use_running_average = use_running_average
         if update_running_average is not None:
             self.update_running_average = update_running_average
-
-
-def _keep(average: nnx.Variable, new: jax.Array) -> None:
-    """Store a running average, in the type that it has, as Flax does; but no real number holds a complex one."""
-    if jnp.iscomplexobj(new) and not jnp.iscomplexobj(average[...]):
-        average.set_value(new)
-    else:
-        average[...] = new.astype(average[...].dtype)
 
 
 @_layers.documented("Args")
