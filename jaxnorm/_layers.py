@@ -49,11 +49,14 @@ def documented(heading: str) -> Callable[[Class], Class]:
     """
 
     def decorate(cls: Class) -> Class:
+        docs: dict[str, str] = {}
+        try:
+            for base in reversed([c for c in cls.__mro__ if c.__module__ == cls.__module__]):
+                docs |= _field_docs(cls.__module__)[base.__name__]
+        except OSError:  # installed without its source
+            return cls
         if not cls.__doc__:  # python -OO
             return cls
-        docs: dict[str, str] = {}
-        for base in reversed([c for c in cls.__mro__ if c.__module__ == cls.__module__]):
-            docs |= _field_docs(cls.__module__)[base.__name__]
         names = [name for name in inspect.signature(cls.__init__).parameters if name in docs]
         fields = [f"  {name}: {docs[name]}".replace("\n", "\n    ") for name in names]
         before, example, after = inspect.cleandoc(cls.__doc__).partition("Example:\n")
