@@ -1,8 +1,12 @@
 """What the Linen and the NNX layers share: Flax's conventions, in terms of the engine."""
 
-import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +14,65 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxnorm import _axes
-from jaxnorm._axes import Axes, AxisNames
+from jaxnorm._axes import Axes, fail
+from jaxnorm._epilogue import Function, identity
 from jaxnorm._moments import ChannelGroups, Moments
-from jaxnorm.functional import measure_array, normalize_array
+from jaxnorm.functional import Adjust, measure_array, normalize_array
 from jaxnorm.running import RunningStats, update_running
 
+Class = TypeVar("Class", bound=type)
 
-class Replicas(NamedTuple):
-    """Who is normalized together; nobody while initializing, when no mapped axis needs to exist."""
+# Documentation -------------------------------------------------------------------------------------------------------
 
-    axis_name: AxisNames | None
-    axis_index_groups: Sequence[Sequence[int]] | None
+
+@cache
+def _field_docs(module: str) -> dict[str, dict[str, str]]:
+    """The strings below the fields of the classes of ``module``, which Python itself throws away."""
+    classes = [
+        node for node in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(node, ast.ClassDef)
+    ]
+    return {
+        c.name: {
+            field.target.id: inspect.cleandoc(str(doc.value.value))
+            for field, doc in pairwise(c.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+        }
+        for c in classes
+    }
+
+
+def documented(heading: str) -> Callable[[Class], Class]:
+    """Write all fields of a class into its docstring, those it inherits too, under ``heading``, before the example.
+
+    So each is described once, below the field, where type checkers and editors look, and ``help`` shows them all.
+    """
+
+    def decorate(cls: Class) -> Class:
+        docs: dict[str, str] = {}
+        try:
+            for base in reversed([c for c in cls.__mro__ if c.__module__ == cls.__module__]):
+                docs |= _field_docs(cls.__module__)[base.__name__]
+        except OSError:  # installed without its source
+            return cls
+        if not cls.__doc__:  # python -OO
+            return cls
+        names = [name for name in inspect.signature(cls.__init__).parameters if name in docs]
+        fields = [f"  {name}: {docs[name]}".replace("\n", "\n    ") for name in names]
+        before, example, after = inspect.cleandoc(cls.__doc__).partition("Example:\n")
+        cls.__doc__ = before + "\n".join([f"{heading}:", *fields]) + "\n\n" + example + after
+        return cls
+
+    return decorate
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+
+def label(layer: Any, path: Sequence[str] = ()) -> str:
+    """What messages call a layer: its class, and where it is in the model."""
+    name = type(layer).__name__
+    return f"{name} ({'/'.join(path)})" if path else name
 
 
 def as_input(x: Any) -> jax.Array:
@@ -40,7 +92,7 @@ def check_features(function: str, shape: tuple[int, ...], built_for: tuple[int, 
     """An input must have the features that the layer was built for."""
     if shape != built_for:
         rule = "x must have the features that the layer was built for"
-        _axes.fail(function, rule, {"features": shape, "built_for": built_for})
+        fail(function, rule, {"features": shape, "built_for": built_for})
 
 
 def first_given(*values: bool | None) -> bool | None:
@@ -48,126 +100,147 @@ def first_given(*values: bool | None) -> bool | None:
     return next((value for value in values if value is not None), None)
 
 
-def check_given(function: str, name: str, value: bool | None) -> bool:
-    """A setting that must be given at construction or in the call."""
-    if value is None:
-        _axes.fail(function, f"{name} must be given at construction or in the call", {name: value})
-    return value
-
-
 def group_count(function: str, num_groups: int | None, group_size: int | None, channels: int) -> int:
     """How many groups: exactly one of ``num_groups`` and ``group_size`` says so."""
     if (num_groups is None) == (group_size is None):
         rule = "one of num_groups and group_size must be given, the other None"
-        _axes.fail(function, rule, {"num_groups": num_groups, "group_size": group_size})
+        fail(function, rule, {"num_groups": num_groups, "group_size": group_size})
     if group_size is not None:
         if group_size < 1 or channels % group_size:
             rule = "group_size must divide the number of channels"
-            _axes.fail(function, rule, {"group_size": group_size, "channels": channels})
+            fail(function, rule, {"group_size": group_size, "channels": channels})
         num_groups = channels // group_size
     _axes.check_groups(function, num_groups, channels)
     return int(num_groups or 0)
 
 
-def group_axes(function: str, channel: int, reduction_axes: Axes | None, ndim: int) -> tuple[int, ...]:
-    """The axes that group normalization reduces besides that of the channels: all but the first, unless given."""
-    if reduction_axes is None:
-        return tuple(a for a in range(1, ndim) if a != channel)
-    axes = sorted_axes(function, "reduction_axes", reduction_axes, ndim)
+# Which axes ----------------------------------------------------------------------------------------------------------
+
+
+class Reduction(NamedTuple):
+    """What a layer asks of the engine."""
+
+    features: tuple[int, ...]
+    axes: tuple[int, ...]
+    centered: bool = True
+    adjust: Adjust | None = None
+
+
+def given_axes(function: str, layer: Any, shape: tuple[int, ...], *, centered: bool = True) -> Reduction:
+    """Layer and RMS normalization: the axes that the layer names."""
+    features = sorted_axes(function, "feature_axes", layer.feature_axes, len(shape))
+    return Reduction(features, sorted_axes(function, "reduction_axes", layer.reduction_axes, len(shape)), centered)
+
+
+def group_axes(function: str, layer: Any, shape: tuple[int, ...], *, counted: bool = False) -> Reduction:
+    """Group normalization: all axes but the first, or those that the layer names, the channels included."""
+    (channel,) = sorted_axes(function, "axis", layer.axis, len(shape))
+    axes = tuple({*range(1, len(shape)), channel})
+    if layer.reduction_axes is not None:
+        axes = sorted_axes(function, "reduction_axes", layer.reduction_axes, len(shape))
     if channel not in axes:
         rule = f"reduction_axes must include the channel axis, {channel}"
-        _axes.fail(function, rule, {"reduction_axes": reduction_axes})
-    return tuple(a for a in axes if a != channel)
+        fail(function, rule, {"reduction_axes": layer.reduction_axes})
+    groups = layer.num_groups
+    if not counted:
+        groups = group_count(function, groups, layer.group_size, shape[channel])
+    others = tuple(a for a in axes if a != channel)
+    return Reduction((channel,), others, adjust=ChannelGroups(channel, groups))
 
 
-def instance_axes(function: str, features: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The axes that instance normalization reduces: all but the first and the features."""
+def instance_axes(function: str, layer: Any, shape: tuple[int, ...]) -> Reduction:
+    """Instance normalization: all axes but the first and the features."""
+    features = sorted_axes(function, "feature_axes", layer.feature_axes, len(shape))
     if 0 in features:
-        _axes.fail(function, "feature_axes must not include the first axis, the batch", {"feature_axes": features})
-    return tuple(a for a in range(1, ndim) if a not in features)
+        fail(function, "feature_axes must not include the first axis, the batch", {"feature_axes": features})
+    return Reduction(features, tuple(a for a in range(1, len(shape)) if a not in features))
 
 
-def normalize(
-    function: str,
-    x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    *,
-    replicas: Replicas,
-    channel_groups: tuple[int, int] | None = None,
-    **settings: Any,
-) -> jax.Array:
-    """The output of a layer that normalizes by the statistics of its input over ``axes``."""
-    adjust = None if channel_groups is None else ChannelGroups(*channel_groups)
-    return normalize_array(function, x, scale, bias, adjust=adjust, **replicas._asdict(), **settings)[0]
+# Normalization -------------------------------------------------------------------------------------------------------
+
+
+def epilogue(layer: Any, module: type) -> tuple[Any, Function]:
+    """The activation inside of the rule, and what follows it: a ``module``, whose state the rule cannot hold."""
+    if isinstance(layer.activation, module) and not layer.invertible:
+        return None, layer.activation
+    return layer.activation, identity
+
+
+def check_start(function: str, layer: Any, init: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Refuse a scale that starts where the invertible mode can recover nothing, also where ``init`` is traced."""
+    if not (layer.invertible and layer.use_scale):
+        return
+    with jax.ensure_compile_time_eval():
+        (scale,) = jax.tree.leaves(init(jax.random.key(0), shape, layer.param_dtype))
+        smallest = float(jnp.min(jnp.abs(scale), initial=jnp.inf))
+    if smallest <= float(jnp.finfo(dtype).eps):
+        rule = (
+            f"with invertible=True the input is recovered from the output, of dtype {jnp.dtype(dtype).name}, by"
+            " dividing by the scale, which must not start at zero: let scale_init start it at one, or give this layer"
+            " invertible=False"
+        )
+        fail(function, rule, {"smallest": smallest})
+
+
+def normalize(function: str, layer: Any, reduction: Reduction, **settings: Any) -> jax.Array:
+    """The output of a layer that normalizes by the statistics of its input, and has no others."""
+    replicas = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
+    return normalize_array(function, **reduction._asdict(), **replicas, **settings)[0]
 
 
 def batch_norm(
+    function: str,
+    layer: Any,
     x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
     averages: Sequence[jax.Array],
     *,
     features: tuple[int, ...],
     use_running_average: bool,
-    update_running_average: bool | None,
-    initializing: bool,
-    momentum: float | None,
-    unbiased: bool,
-    replicas: Replicas,
+    update: bool,
+    initializing: bool = False,
     mask: Any,
     **settings: Any,
 ) -> tuple[jax.Array, Moments | None, RunningStats | None]:
     """The output of a batch normalization layer, the moments of the batch if measured, and averages if they change.
 
-    ``averages`` are mean, variance and, where momentum is None, count. While initializing nothing is averaged, and the
-    batch may be of any size.
+    ``averages`` are mean, variance and, where momentum is None and there is one, count.
     """
-    function = "BatchNorm"
     mean, var, *count = averages
     running = RunningStats(mean, var, count[0] if count else jnp.zeros_like(var))
-    if momentum is not None:
-        _axes.check_number(function, "momentum", momentum, 0.0, 1.0)
-    update = not use_running_average if update_running_average is None else update_running_average
-    update = update and not initializing
-    if initializing:
-        replicas = Replicas(None, None)
-    axes = _axes.others(features, x)
-    batch = None
+    if layer.momentum is not None:
+        _axes.check_number(function, "momentum", layer.momentum, 0.0, 1.0)
+    axes, batch = _axes.others(features, x), None
+    replicas = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
     if use_running_average:
         if not initializing:
-            warn_if_never_updated(running)
-        y, _ = normalize_array(
-            function, x, scale, bias, features=features, given=(running.mean, running.var), **settings
-        )
+            warn_if_never_updated(function, running)
+        y, _ = normalize_array(function, x, features=features, given=(mean, var), **settings)
         if update:
-            batch = measure_array(function, x, axes, mask, *replicas, near=_axes.expand(running.mean, features, x.ndim))
+            batch = measure_array(function, x, axes, mask, **replicas, near=_axes.expand(mean, features, x.ndim))
     else:
-        y, batch = normalize_array(
-            function,
-            x,
-            scale,
-            bias,
-            features=features,
-            axes=axes,
-            near=running.mean,
-            mask=mask,
-            **replicas._asdict(),
-            **settings,
-        )
+        own = {"features": features, "axes": axes, "near": mean, "mask": mask, "initializing": initializing}
+        y, batch = normalize_array(function, x, **own, **replicas, **settings)
     if batch is None:
         return y, None, None
     batch = Moments(*(jax.lax.stop_gradient(_axes.extract(m, features)) for m in batch))
     if not update:
         return y, batch, None
-    alpha = None if momentum is None else 1 - momentum
-    return y, batch, update_running(running, batch, alpha=alpha, unbiased=unbiased)
+    alpha = None if layer.momentum is None else 1 - layer.momentum
+    # What is averaged becomes as wide as what it is averaged with, as in Flax.
+    running = RunningStats(
+        *(r.astype(jnp.promote_types(r.dtype, b.dtype)) for r, b in zip(running, batch, strict=True))
+    )
+    return y, batch, update_running(running, batch, alpha=alpha, unbiased=layer.unbiased)
 
 
-def warn_if_never_updated(running: RunningStats) -> None:
+def warn_if_never_updated(function: str, running: RunningStats) -> None:
     """Warn of averages that are still those of initialization, where their values can be seen: outside of ``jit``."""
-    if isinstance(running.mean, Tracer) or isinstance(running.var, Tracer):
-        return
+    for value in (running.mean, running.var):
+        if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+            return
     if np.all(np.asarray(running.mean) == 0) and np.all(np.asarray(running.var) == 1):
-        message = "BatchNorm: the running averages in use were never updated; the input passes almost unchanged."
-        warnings.warn(message, stacklevel=2)
+        message = (
+            "the running averages in use were never updated, and the input passes almost unchanged;"
+            " train with batch statistics and keep the averages, or load them"
+        )
+        _axes.warn(function, f"{message}.")

@@ -7,7 +7,8 @@ changes. What Flax lacks comes after what it has:
 - ``mask`` may have any shape that broadcasts, and be boolean or real weights, on every layer;
 - ``axis_name`` may be several mapped axes, ``axis_index_groups`` work under ``shard_map`` and ``vmap``, and neither is
   needed at initialization;
-- ``trainable=False`` keeps gradients from scale and bias, at construction or per call;
+- ``trainable=False`` keeps gradients from scale and bias, at construction or per call; `trainable_mask` keeps weight
+  decay from them;
 - ``activation`` and ``residual`` are applied without being stored, ``invertible=True`` stores the output only;
 - `BatchNorm` has ``momentum=None``, ``unbiased`` and ``update_running_average``; `GroupNorm` has ``axis``.
 
@@ -15,8 +16,9 @@ changes. What Flax lacks comes after what it has:
 choice gives the stable statistics, in float32 at least.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,95 +28,175 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from jaxnorm import _layers
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation
+from jaxnorm._epilogue import Activation, Function
 from jaxnorm.variants.linen import *  # noqa: F403
 
+Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
 Initializer = nn.initializers.Initializer
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "trainable_mask"]
+
+
+# Helpers are functions, not methods: Flax would take those for calls of the module.
+
+
+def _parameters(layer: Any, label: str, shape: tuple[int, ...], trainable: bool | None) -> tuple[Any, Any]:
+    """Scale and bias of ``shape``, or None; constants to differentiation where they do not train."""
+
+    def parameter(name):
+        if not getattr(layer, f"use_{name}", False):
+            return None
+        if layer.has_variable("params", name):
+            stored = meta.unbox(layer.get_variable("params", name))
+            _layers.check_features(label, shape, jnp.shape(stored))
+        value = layer.param(name, getattr(layer, f"{name}_init"), shape, layer.param_dtype)
+        return value if _layers.first_given(trainable, layer.trainable) else jax.lax.stop_gradient(value)
+
+    return parameter("scale"), parameter("bias")
+
+
+def _arguments(
+    layer: Any, label: str, x: jax.Array, features: tuple[int, ...], trainable: bool | None
+) -> tuple[dict[str, Any], Function]:
+    """What the engine is told by every layer, and the module that follows it."""
+    shape = tuple(x.shape[a] for a in features)
+    scale, bias = _parameters(layer, label, shape, trainable)
+    dtype = canonicalize_dtype(x, scale, bias, dtype=layer.dtype)
+    if layer.is_initializing():
+        _layers.check_start(label, layer, layer.scale_init, shape, dtype)
+    activation, after = _layers.epilogue(layer, nn.Module)
+    arguments = {"x": x, "scale": scale, "bias": bias, "epsilon": layer.epsilon, "dtype": dtype}
+    return arguments | {"activation": activation, "invertible": layer.invertible}, after
 
 
 class _Layer(nn.Module):
-    """What all layers do with their variables and settings."""
+    """What all layers have, at the end: fields of the first base come last."""
 
-    def _parameters(self, shape: tuple[int, ...], trainable: bool | None) -> tuple[Any, Any]:
-        """Scale and bias of ``shape``, or None; constants to differentiation where they do not train."""
-        layer: Any = self
-        trainable = layer.trainable if trainable is None else trainable
+    force_float32_reductions: bool = True
+    """Either choice gives statistics in float32 at least."""
+    trainable: bool = True
+    """Whether scale and bias receive gradients. Weight decay moves them all the same: see `trainable_mask`."""
+    activation: Activation = None
+    """Applied last: None, a function, or the name of one in ``jax.nn`` (relu, silu, ...). A module, as ``nn.PReLU()``,
+    is applied to the output: that of this layer is stored then."""
+    invertible: bool = False
+    """Keep the output for the backward pass in place of the input; see `jaxnorm.standardize`. Needs a scale that does
+    not start at zero."""
 
-        def parameter(name, init, used):
-            if not used:
-                return None
-            if self.has_variable("params", name):
-                stored = meta.unbox(self.get_variable("params", name))
-                _layers.check_features(type(self).__name__, shape, jnp.shape(stored))
-            value = self.param(name, init, shape, layer.param_dtype)
-            return value if trainable else jax.lax.stop_gradient(value)
+    _reduction: ClassVar[Callable[[str, Any, tuple[int, ...]], _layers.Reduction]]
 
-        scale = parameter("scale", layer.scale_init, layer.use_scale)
-        has_bias = getattr(layer, "use_bias", False)
-        return scale, parameter("bias", layer.bias_init, True) if has_bias else None
+    @nn.compact
+    def __call__(
+        self, x: Array, *, mask: Array | None = None, trainable: bool | None = None, residual: Array | None = None
+    ) -> jax.Array:
+        """Normalize ``x``.
 
-    def _replicas(self) -> _layers.Replicas:
-        layer: Any = self
-        if self.is_initializing():
-            return _layers.Replicas(None, None)
-        return _layers.Replicas(layer.axis_name, layer.axis_index_groups)
+        Args:
+          x: array with the axes that the attributes name; the first is the batch for group and instance normalization.
+          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
+          trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
-    def _normalize(self, x, scale, bias, mask, residual, **reduction) -> jax.Array:
-        layer: Any = self
-        return _layers.normalize(
-            type(self).__name__,
-            x,
-            scale,
-            bias,
-            replicas=self._replicas(),
-            epsilon=layer.epsilon,
-            mask=mask,
-            dtype=canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
-            activation=layer.activation,
-            residual=residual,
-            invertible=layer.invertible,
-            **reduction,
-        )
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: the features are not those of initialization, or an argument does not fit.
+        """
+        x, label = _layers.as_input(x), _layers.label(self, self.path)
+        reduction, initializing = self._reduction(label, self, x.shape), self.is_initializing()
+        arguments, after = _arguments(self, label, x, reduction.features, trainable)
+        called = {"mask": mask, "residual": residual, "initializing": initializing}
+        y = _layers.normalize(label, self, reduction, **called, **arguments)
+        return after(y)
 
 
-class BatchNorm(_Layer):
+class _Replicated(nn.Module):
+    axis_name: AxisNames | None = None
+    """Mapped axis or axes whose replicas share their statistics. Need not exist at initialization, nor where running
+    averages are used. Under ``jit`` with sharded arrays leave it out: the statistics are global."""
+    axis_index_groups: Groups | None = None
+    """Lists of replicas; each is normalized with its own list only."""
+    use_fast_variance: bool = True
+    """Either choice gives the stable statistics."""
+
+
+class _Typed(nn.Module):
+    epsilon: float = 1e-6
+    """Added to the variance, or the mean square."""
+    dtype: Any = None
+    """Of the output; None for the promotion of input and parameters."""
+    param_dtype: Any = jnp.float32
+    """Of scale and bias."""
+
+
+class _Scaled(_Typed):
+    use_scale: bool = True
+    """Whether there is a scale."""
+    scale_init: Initializer = nn.initializers.ones
+    """Initializer of the scale."""
+
+
+class _Affine(_Typed):
+    use_bias: bool = True
+    """Whether there is a bias."""
+    use_scale: bool = True
+    """Whether there is a scale."""
+    bias_init: Initializer = nn.initializers.zeros
+    """Initializer of the bias."""
+    scale_init: Initializer = nn.initializers.ones
+    """Initializer of the scale."""
+
+
+class _Averaged(nn.Module):
+    use_running_average: bool | None = None
+    """Normalize by the running averages instead of the statistics of the batch."""
+    axis: Axes = -1
+    """The feature axis, or several."""
+    momentum: float | None = 0.99
+    """The weight of the *old* running average, in [0, 1]: ``1 - alpha`` of `jaxnorm.update_running`. None for the
+    cumulative average, which begins anew where there is no ``count`` yet, as in a checkpoint of Flax's layer."""
+
+
+class _Reduced(nn.Module):
+    reduction_axes: Axes = -1
+    """Axis or axes that share their statistics."""
+    feature_axes: Axes = -1
+    """Axis or axes of scale and bias."""
+
+
+class _Grouped(nn.Module):
+    num_groups: int | None = 32
+    """How many groups of neighbouring channels; None where ``group_size`` says it."""
+    group_size: int | None = None
+    """How many channels a group has, with ``num_groups=None``."""
+
+
+class _GroupReduced(nn.Module):
+    reduction_axes: Axes | None = None
+    """Axes that share their statistics, that of the channels included; None for all but the first."""
+
+
+class _InstanceFeatures(nn.Module):
+    feature_axes: Axes = -1
+    """Axis or axes that keep statistics of their own, and of scale and bias; not the first, the batch."""
+
+
+@_layers.documented("Attributes")
+class BatchNorm(_Layer, _Replicated, _Affine, _Averaged):
     """Batch normalization (Ioffe and Szegedy, 2015), in place of ``flax.linen.BatchNorm``.
 
     Variables, all in the shape of the feature axes: ``params/scale`` and ``params/bias`` of dtype ``param_dtype``,
-    ``batch_stats/mean`` and ``batch_stats/var`` of dtype float32, and, only with ``momentum=None``,
-    ``batch_stats/count``, the number of values averaged.
+    ``batch_stats/mean`` and ``batch_stats/var`` of dtype float32 (wider or complex once they averaged what is), and,
+    only with ``momentum=None``, ``batch_stats/count``, the number of values averaged.
 
-    The `jaxnorm.Moments` of each batch are sown as ``intermediates/moments``, where that collection is mutable.
+    Where the collection ``intermediates`` is mutable, the last batch leaves its `jaxnorm.Moments` there, as
+    ``batch_mean``, ``batch_var`` and ``batch_count``.
 
     Three things can be switched separately, here or in the call: which statistics normalize
     (``use_running_average``), whether the running averages move (``update_running_average``), whether scale and bias
     receive gradients (``trainable``).
-
-    Attributes:
-      use_running_average: normalize by the running averages instead of the statistics of the batch.
-      axis: the feature axis, or several.
-      momentum: the weight of the *old* running average, in [0, 1]: ``1 - alpha`` of `jaxnorm.update_running`. None for
-        the cumulative average.
-      epsilon: added to the variance.
-      dtype: of the output; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      axis_name: mapped axis or axes whose replicas are normalized together. Need not exist at initialization or where
-        the running averages are used. Under ``jit`` with a sharded batch leave it out: the statistics are global.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      force_float32_reductions: either choice gives statistics in float32 at least.
-      unbiased: average the unbiased variance, as PyTorch does.
-      update_running_average: None to update them when they are not used. With False no collection needs to be mutable.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -127,36 +209,22 @@ class BatchNorm(_Layer):
       [1.0]
     """
 
-    use_running_average: bool | None = None
-    axis: Axes = -1
-    momentum: float | None = 0.99
     epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = nn.initializers.zeros
-    scale_init: Initializer = nn.initializers.ones
-    axis_name: AxisNames | None = None
-    axis_index_groups: Groups | None = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
     unbiased: bool = False
+    """Average the unbiased variance, as PyTorch does."""
     update_running_average: bool | None = None
-    trainable: bool = True
-    activation: Activation = None
-    invertible: bool = False
+    """None to update them when they are not used. With False no collection needs to be mutable."""
 
     @nn.compact
     def __call__(
         self,
-        x: jax.typing.ArrayLike,
+        x: Array,
         use_running_average: bool | None = None,
         *,
-        mask: jax.typing.ArrayLike | None = None,
+        mask: Array | None = None,
         update_running_average: bool | None = None,
         trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
+        residual: Array | None = None,
     ) -> jax.Array:
         """Normalize ``x``; the other arguments are as the attributes of that name, and override them.
 
@@ -172,64 +240,39 @@ class BatchNorm(_Layer):
           An array of the shape of ``x``.
 
         Raises:
-          ValueError: the features are not those of initialization, or a batch holds one value per feature.
+          ValueError: the features are not those of initialization, or an argument does not fit.
+
+        Warns:
+          UserWarning: a batch of one value per feature, or averages in use that were never updated.
         """
         use_running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = _layers.as_input(x)
-        features = _layers.sorted_axes("BatchNorm", "axis", self.axis, x.ndim)
+        update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
+        x, label, initializing = _layers.as_input(x), _layers.label(self, self.path), self.is_initializing()
+        features = _layers.sorted_axes(label, "axis", self.axis, x.ndim)
         shape = tuple(x.shape[a] for a in features)
-        start = {"mean": jnp.zeros, "var": jnp.ones} | ({"count": jnp.zeros} if self.momentum is None else {})
+        start = {"mean": jnp.zeros, "var": jnp.ones}
+        if self.momentum is None and (update or initializing):
+            start["count"] = jnp.zeros
         averages = [self.variable("batch_stats", name, init, shape, jnp.float32) for name, init in start.items()]
-        _layers.check_features("BatchNorm", shape, jnp.shape(averages[0].value))
-        scale, bias = self._parameters(shape, trainable)
+        _layers.check_features(label, shape, jnp.shape(averages[0].value))
+        arguments, after = _arguments(self, label, x, features, trainable)
+        switches = {"use_running_average": use_running, "update": update and not initializing}
+        values, state = [average.value for average in averages], {"initializing": initializing, "mask": mask}
         y, batch, running = _layers.batch_norm(
-            x,
-            scale,
-            bias,
-            [average.value for average in averages],
-            features=features,
-            use_running_average=bool(use_running),
-            update_running_average=_layers.first_given(update_running_average, self.update_running_average),
-            initializing=self.is_initializing(),
-            momentum=self.momentum,
-            unbiased=self.unbiased,
-            replicas=self._replicas(),
-            epsilon=self.epsilon,
-            mask=mask,
-            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
-            activation=self.activation,
-            residual=residual,
-            invertible=self.invertible,
+            label, self, averages=values, features=features, residual=residual, **switches, **state, **arguments
         )
         for average, new in zip(averages, running or (), strict=False):
             average.value = new
-        if batch is not None and not self.is_initializing():
-            self.sow("intermediates", "moments", batch)
-        return y
+        for name, value in ({} if batch is None or initializing else batch._asdict()).items():
+            self.sow("intermediates", f"batch_{name}", value, lambda old, new: new, lambda: None)
+        return after(y)
 
 
-class LayerNorm(_Layer):
+@_layers.documented("Attributes")
+class LayerNorm(_Layer, _Replicated, _Reduced, _Affine):
     """Layer normalization (Ba, Kiros and Hinton, 2016), in place of ``flax.linen.LayerNorm``.
 
     Variables: ``params/scale`` and ``params/bias``, in the shape of the feature axes.
-
-    Attributes:
-      epsilon: added to the variance.
-      dtype: of the output; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      reduction_axes: axis or axes that share their statistics.
-      feature_axes: axis or axes of scale and bias.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      force_float32_reductions: either choice gives statistics in float32 at least.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -238,70 +281,14 @@ class LayerNorm(_Layer):
       [-1.0, 1.0]
     """
 
-    epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = nn.initializers.zeros
-    scale_init: Initializer = nn.initializers.ones
-    reduction_axes: Axes = -1
-    feature_axes: Axes = -1
-    axis_name: AxisNames | None = None
-    axis_index_groups: Groups | None = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    trainable: bool = True
-    activation: Activation = None
-    invertible: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.typing.ArrayLike,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
-
-        Args:
-          x: array of any shape with the axes named by the attributes.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
-        x = _layers.as_input(x)
-        features = _layers.sorted_axes("LayerNorm", "feature_axes", self.feature_axes, x.ndim)
-        axes = _layers.sorted_axes("LayerNorm", "reduction_axes", self.reduction_axes, x.ndim)
-        scale, bias = self._parameters(tuple(x.shape[a] for a in features), trainable)
-        return self._normalize(x, scale, bias, mask, residual, features=features, axes=axes)
+    _reduction = staticmethod(_layers.given_axes)
 
 
-class RMSNorm(_Layer):
+@_layers.documented("Attributes")
+class RMSNorm(_Layer, _Replicated, _Reduced, _Scaled):
     """Root mean square normalization (Zhang and Sennrich, 2019), in place of ``flax.linen.RMSNorm``.
 
     Variables: ``params/scale``, in the shape of the feature axes.
-
-    Attributes:
-      epsilon: added to the mean square.
-      dtype: of the output; None for the promotion of input and parameters.
-      param_dtype: of the scale.
-      use_scale: whether there is a scale.
-      scale_init: initializer of the scale.
-      reduction_axes: axis or axes that share their statistics.
-      feature_axes: axis or axes of the scale.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the same.
-      force_float32_reductions: either choice gives statistics in float32 at least.
-      trainable: whether the scale receives gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -310,72 +297,14 @@ class RMSNorm(_Layer):
       [1.0, -1.0]
     """
 
-    epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_scale: bool = True
-    scale_init: Initializer = nn.initializers.ones
-    reduction_axes: Axes = -1
-    feature_axes: Axes = -1
-    axis_name: AxisNames | None = None
-    axis_index_groups: Groups | None = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    trainable: bool = True
-    activation: Activation = None
-    invertible: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.typing.ArrayLike,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
-
-        Args:
-          x: array of any shape with the axes named by the attributes.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
-        x = _layers.as_input(x)
-        features = _layers.sorted_axes("RMSNorm", "feature_axes", self.feature_axes, x.ndim)
-        axes = _layers.sorted_axes("RMSNorm", "reduction_axes", self.reduction_axes, x.ndim)
-        scale, _ = self._parameters(tuple(x.shape[a] for a in features), trainable)
-        return self._normalize(x, scale, None, mask, residual, features=features, axes=axes, centered=False)
+    _reduction = staticmethod(partial(_layers.given_axes, centered=False))
 
 
-class GroupNorm(_Layer):
+@_layers.documented("Attributes")
+class GroupNorm(_Layer, _Replicated, _GroupReduced, _Affine, _Grouped):
     """Group normalization (Wu and He, 2018), in place of ``flax.linen.GroupNorm``.
 
     Variables: ``params/scale`` and ``params/bias``, one per channel.
-
-    Attributes:
-      num_groups: how many groups of neighbouring channels; None where ``group_size`` says it.
-      group_size: how many channels a group has, with ``num_groups=None``.
-      epsilon: added to the variance.
-      dtype: of the output; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      reduction_axes: axes that share their statistics, that of the channels included; None for all but the first.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      force_float32_reductions: either choice gives statistics in float32 at least.
-      axis: the channel axis.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -385,80 +314,17 @@ class GroupNorm(_Layer):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    num_groups: int | None = 32
-    group_size: int | None = None
-    epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = nn.initializers.zeros
-    scale_init: Initializer = nn.initializers.ones
-    reduction_axes: Axes | None = None
-    axis_name: AxisNames | None = None
-    axis_index_groups: Groups | None = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
     axis: int = -1
-    trainable: bool = True
-    activation: Activation = None
-    invertible: bool = False
+    """The channel axis."""
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.typing.ArrayLike,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
-
-        Args:
-          x: array of shape ``(batch, ...)`` with the channels on ``axis``.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
-
-        Returns:
-          An array of the shape of ``x``.
-
-        Raises:
-          ValueError: the groups do not divide the channels.
-        """
-        x = _layers.as_input(x)
-        (channel,) = _layers.sorted_axes("GroupNorm", "axis", self.axis, x.ndim)
-        channels = x.shape[channel]
-        groups = _layers.group_count("GroupNorm", self.num_groups, self.group_size, channels)
-        axes = _layers.group_axes("GroupNorm", channel, self.reduction_axes, x.ndim)
-        scale, bias = self._parameters((channels,), trainable)
-        return self._normalize(
-            x, scale, bias, mask, residual, features=(channel,), axes=axes, channel_groups=(channel, groups)
-        )
+    _reduction = staticmethod(_layers.group_axes)
 
 
-class InstanceNorm(_Layer):
+@_layers.documented("Attributes")
+class InstanceNorm(_Layer, _Replicated, _InstanceFeatures, _Affine):
     """Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016), in place of ``flax.linen.InstanceNorm``.
 
     Variables: ``params/scale`` and ``params/bias``, in the shape of the feature axes.
-
-    Attributes:
-      epsilon: added to the variance.
-      dtype: of the output; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      feature_axes: axis or axes that keep statistics of their own, and of scale and bias; not the first, the batch.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      force_float32_reductions: either choice gives statistics in float32 at least.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -468,44 +334,44 @@ class InstanceNorm(_Layer):
       [[[-1.0], [1.0]]]
     """
 
-    epsilon: float = 1e-6
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = nn.initializers.zeros
-    scale_init: Initializer = nn.initializers.ones
-    feature_axes: Axes = -1
-    axis_name: AxisNames | None = None
-    axis_index_groups: Groups | None = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    trainable: bool = True
-    activation: Activation = None
-    invertible: bool = False
+    _reduction = staticmethod(_layers.instance_axes)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.typing.ArrayLike,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
 
-        Args:
-          x: array of shape ``(batch, ...)``.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
+def trainable_mask(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    """Which parameters train: all but scale and bias of the layers with ``trainable=False``.
 
-        Returns:
-          An array of the shape of ``x``.
-        """
-        x = _layers.as_input(x)
-        features = _layers.sorted_axes("InstanceNorm", "feature_axes", self.feature_axes, x.ndim)
-        axes = _layers.instance_axes("InstanceNorm", features, x.ndim)
-        scale, bias = self._parameters(tuple(x.shape[a] for a in features), trainable)
-        return self._normalize(x, scale, bias, mask, residual, features=features, axes=axes)
+    Their gradients are zero, but an optimizer may move them all the same: weight decay does. With
+    ``optax.adamw(1e-3, mask=mask)`` it does not.
+
+    Args:
+      model: the module.
+      variables: its variables.
+      *args: the inputs, and whatever else ``model`` is called with.
+      **kwargs: likewise, and options of ``model.apply``.
+
+    Returns:
+      True or False, in the structure of ``variables["params"]``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxnorm.linen import LayerNorm, trainable_mask
+      >>> model, x = nn.Sequential([nn.Dense(2), LayerNorm(trainable=False)]), jnp.ones((1, 2))
+      >>> trainable_mask(model, model.init(jax.random.key(0), x), x)
+      {'layers_0': {'bias': True, 'kernel': True}, 'layers_1': {'bias': False, 'scale': False}}
+    """
+    still = set()
+
+    def note(next_function, args, kwargs, context):
+        layer = context.module
+        if isinstance(layer, _Layer) and not _layers.first_given(kwargs.get("trainable"), layer.trainable):
+            still.update((*layer.path, name) for name in ("scale", "bias"))
+        return next_function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda v: model.apply(v, *args, **{"mutable": True, **kwargs}), variables)
+
+    def trains(path, _):
+        return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)) not in still
+
+    return jax.tree_util.tree_map_with_path(trains, variables["params"])

@@ -8,6 +8,7 @@ changes. What Flax lacks:
 - ``mask`` may have any shape that broadcasts, and be boolean or real weights;
 - ``axis_name`` may be several mapped axes, and ``axis_index_groups`` work under ``shard_map`` and ``vmap``;
 - ``trainable=False`` keeps gradients from scale and bias, at construction, by ``nnx.view`` or per call;
+  `trainable_mask` keeps weight decay from them;
 - ``activation`` and ``residual`` are applied without being stored, ``invertible=True`` stores the output only;
 - `BatchNorm` has ``momentum=None``, ``unbiased`` and ``update_running_average``; `GroupNorm` has ``axis``.
 
@@ -18,8 +19,10 @@ whatever it makes of them.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,86 +32,125 @@ from flax.nnx.nn.initializers import ones_init, zeros_init
 
 from jaxnorm import _layers
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation
+from jaxnorm._epilogue import Activation, Function
 from jaxnorm.variants.nnx import *  # noqa: F403
 
+Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
 Metadata = Mapping[str, Any]
 Initializer = jax.nn.initializers.Initializer
 NO_METADATA: Metadata = MappingProxyType({})
 ZEROS, ONES = zeros_init(), ones_init()
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "trainable_mask"]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class _Layer(nnx.Module):
-    """What all layers do with their parameters and settings."""
+    """What all layers have."""
 
-    scale: nnx.Param | None
-    bias: nnx.Param | None
-    num_features: int | tuple[int, ...]
-    epsilon: float
-    dtype: Any
-    promote_dtype: Callable[..., Any]
-    axis_name: AxisNames | None
-    axis_index_groups: Groups | None
-    trainable: bool
-    activation: Activation
-    invertible: bool
+    num_features: int | Sequence[int] = field(kw_only=False)
+    """How many features, or the shape of the feature axes."""
+    epsilon: float = 1e-6
+    """Added to the variance, or the mean square."""
+    dtype: Any = None
+    """Of the output, and what ``promote_dtype`` converts to; None for the promotion of input and parameters."""
+    param_dtype: Any = jnp.float32
+    """Of scale and bias."""
+    use_scale: bool = True
+    """Whether there is a scale."""
+    scale_init: InitVar[Initializer] = ONES
+    """Initializer of the scale."""
+    axis_name: AxisNames | None = None
+    """Mapped axis or axes whose replicas share their statistics. Need not exist where running averages are used. Under
+    ``jit`` with sharded arrays leave it out: the statistics are global."""
+    axis_index_groups: Groups | None = None
+    """Lists of replicas; each is normalized with its own list only."""
+    use_fast_variance: bool = True
+    """Either choice gives the stable statistics."""
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype
+    """Converts ``(x, scale, bias)``, without bias in `RMSNorm`, ``(x, mean, var, scale, bias)`` in `BatchNorm`; called
+    with the keyword ``dtype``."""
+    rngs: InitVar[nnx.Rngs]
+    """Keys for the initializers."""
+    scale_metadata: InitVar[Metadata] = NO_METADATA
+    """Metadata of the scale."""
+    trainable: bool = True
+    """Whether scale and bias receive gradients. Weight decay moves them all the same: see `trainable_mask`."""
+    activation: Activation = None
+    """Applied last: None, a function, or the name of one in ``jax.nn`` (relu, silu, ...). A module, as ``nnx.PReLU()``,
+    is applied to the output: that of this layer is stored then."""
+    invertible: bool = False
+    """Keep the output for the backward pass in place of the input; see `jaxnorm.standardize`. Needs a scale that does
+    not start at zero."""
 
-    def _create(self, rngs, param_dtype, scale, bias, **settings) -> None:
-        """Keep ``settings``; make scale and bias from (used, initializer, metadata)."""
-        for name, value in settings.items():
-            setattr(self, name, tuple(value) if name == "num_features" and isinstance(value, Sequence) else value)
-        self.param_dtype = param_dtype
-        self.use_scale, self.use_bias = scale[0], bias[0]
-        for name, (used, init, metadata) in (("scale", scale), ("bias", bias)):
-            value = nnx.Param(init(rngs.params(), self._shape, param_dtype), **metadata) if used else nnx.data(None)
+    scale: nnx.Param | None = field(init=False)
+    bias: nnx.Param | None = field(init=False)
+    _reduction: ClassVar[Callable[[str, Any, tuple[int, ...]], _layers.Reduction]]
+
+    def __post_init__(self, scale_init: Any, rngs: nnx.Rngs, scale_metadata: Metadata, *of_bias: Any) -> None:
+        """Make scale and bias."""
+        if isinstance(self.num_features, Sequence):
+            self.num_features = tuple(self.num_features)
+        dtype = self.param_dtype if self.dtype is None else self.dtype
+        _layers.check_start(_layers.label(self), self, scale_init, self._shape, dtype)
+        initial = {"scale": (scale_init, scale_metadata), "bias": of_bias or (ZEROS, NO_METADATA)}
+        for name, (init, metadata) in initial.items():
+            used = getattr(self, f"use_{name}", False)
+            value = (
+                nnx.Param(init(rngs.params(), self._shape, self.param_dtype), **metadata) if used else nnx.data(None)
+            )
             setattr(self, name, value)
 
     @property
     def _shape(self) -> tuple[int, ...]:
         """The shape of the variables."""
-        return self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
+        return self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)  # pyright: ignore
 
     def _fit(self, value: Any, shape: tuple[int, ...]) -> Any:
         """A variable in the shape of the feature axes; Flax keeps that of several axes as one vector."""
-        name = type(self).__name__
         if self._shape != (math.prod(shape),):
-            _layers.check_features(name, shape, self._shape)
+            _layers.check_features(_layers.label(self), shape, self._shape)
         return None if value is None else value.reshape(shape)
 
-    def _promoted(self, x, shape, trainable, *between) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
-        """Input, scale and bias as ``promote_dtype`` gives them, and the dtype of the output."""
-        parameters = [None if p is None else p[...] for p in (self.scale, self.bias)]
-        if not (self.trainable if trainable is None else trainable):
-            parameters = [None if p is None else jax.lax.stop_gradient(p) for p in parameters]
-        if isinstance(self, RMSNorm):
-            x, scale = self.promote_dtype((x, parameters[0]), dtype=self.dtype)
-            bias = None
-        else:
-            x, *_, scale, bias = self.promote_dtype((x, *between, *parameters), dtype=self.dtype)
-        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        return _layers.as_input(x), self._fit(scale, shape), self._fit(bias, shape), dtype
+    def _arguments(
+        self, x: jax.Array, features: tuple[int, ...], trainable: bool | None, *between: jax.Array
+    ) -> tuple[dict[str, Any], Function]:
+        """What the engine is told by every layer, as ``promote_dtype`` gives it, and the module that follows it."""
+        shape = tuple(x.shape[a] for a in features)
+        names = ["scale", "bias"] if hasattr(self, "use_bias") else ["scale"]
+        parameters = [None if getattr(self, name) is None else getattr(self, name)[...] for name in names]
+        if not _layers.first_given(trainable, self.trainable):
+            parameters = jax.lax.stop_gradient(parameters)
+        x, *promoted = self.promote_dtype((x, *between, *parameters), dtype=self.dtype)
+        scale, bias, *_ = (*promoted[len(between) :], None)
+        activation, after = _layers.epilogue(self, nnx.Module)
+        arguments = {"x": _layers.as_input(x), "epsilon": self.epsilon, "activation": activation}
+        arguments |= {"scale": self._fit(scale, shape), "bias": self._fit(bias, shape), "invertible": self.invertible}
+        return arguments | {"dtype": dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)}, after
 
-    def _normalize(self, x, features, axes, mask, trainable, residual, **reduction) -> jax.Array:
-        x, scale, bias, dtype = self._promoted(x, tuple(x.shape[a] for a in features), trainable)
-        return _layers.normalize(
-            type(self).__name__,
-            x,
-            scale,
-            bias,
-            features=features,
-            axes=axes,
-            replicas=_layers.Replicas(self.axis_name, self.axis_index_groups),
-            epsilon=self.epsilon,
-            mask=mask,
-            dtype=dtype,
-            activation=self.activation,
-            residual=residual,
-            invertible=self.invertible,
-            **reduction,
-        )
+    def __call__(
+        self, x: jax.Array, *, mask: Array | None = None, trainable: bool | None = None, residual: Array | None = None
+    ) -> jax.Array:
+        """Normalize ``x``.
+
+        Args:
+          x: array with the axes named at construction; the first is the batch for group and instance normalization.
+          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
+          trainable: None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: the features are not those the layer was built for, or an argument does not fit.
+        """
+        label = _layers.label(self)
+        reduction = self._reduction(label, self, jnp.shape(x))
+        arguments, after = self._arguments(x, reduction.features, trainable)
+        y = _layers.normalize(label, self, reduction, mask=mask, residual=residual, **arguments)
+        return after(y)
 
     def set_view(self, trainable: bool | None = None) -> None:
         """Used by ``nnx.view``.
@@ -120,42 +162,27 @@ class _Layer(nnx.Module):
             self.trainable = trainable
 
 
-class BatchNorm(_Layer):
+@dataclass(eq=False, repr=False, kw_only=True)
+class _Affine(_Layer):
+    use_bias: bool = True
+    """Whether there is a bias."""
+    bias_init: InitVar[Initializer] = ZEROS
+    """Initializer of the bias."""
+    bias_metadata: InitVar[Metadata] = NO_METADATA
+    """Metadata of the bias."""
+
+
+@_layers.documented("Args")
+@dataclass(eq=False, repr=False, kw_only=True)
+class BatchNorm(_Affine):
     """Batch normalization (Ioffe and Szegedy, 2015), in place of ``flax.nnx.BatchNorm``.
 
-    Variables: ``scale`` and ``bias`` (``nnx.Param``); ``mean`` and ``var``, float32, and, only with ``momentum=None``,
-    ``count``, the number of values averaged (``nnx.BatchStat``).
+    Variables: ``scale`` and ``bias`` (``nnx.Param``); ``mean`` and ``var``, float32 (the mean becomes complex once it
+    averaged what is), and, only with ``momentum=None``, ``count``, the number of values averaged (``nnx.BatchStat``).
 
     Three things can be switched separately, here, by ``nnx.view`` or in the call: which statistics normalize
     (``use_running_average``; ``train()`` and ``eval()`` set it too), whether the running averages move
     (``update_running_average``), whether scale and bias receive gradients (``trainable``).
-
-    Args:
-      num_features: how many features, or the shape of the feature axes.
-      use_running_average: normalize by the running averages instead of the statistics of the batch.
-      axis: the feature axis, or several.
-      momentum: the weight of the *old* running average, in [0, 1]: ``1 - alpha`` of `jaxnorm.update_running`. None for
-        the cumulative average.
-      epsilon: added to the variance.
-      dtype: of the output, and what ``promote_dtype`` converts to; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      axis_name: mapped axis or axes whose replicas are normalized together. Need not exist where the running averages
-        are used. Under ``jit`` with a sharded batch leave it out: the statistics are global.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      promote_dtype: converts ``(x, mean, var, scale, bias)``, called with the keyword ``dtype``.
-      rngs: keys for the initializers.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
-      unbiased: average the unbiased variance, as PyTorch does.
-      update_running_average: None to update them when they are not used.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -167,57 +194,28 @@ class BatchNorm(_Layer):
       [1.0]
     """
 
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        use_running_average: bool | None = False,
-        axis: Axes = -1,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = ZEROS,
-        scale_init: Initializer = ONES,
-        axis_name: AxisNames | None = None,
-        axis_index_groups: Groups | None = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NO_METADATA,
-        scale_metadata: Metadata = NO_METADATA,
-        unbiased: bool = False,
-        update_running_average: bool | None = None,
-        trainable: bool = True,
-        activation: Activation = None,
-        invertible: bool = False,
-    ) -> None:
-        self._create(
-            rngs,
-            param_dtype,
-            (use_scale, scale_init, scale_metadata),
-            (use_bias, bias_init, bias_metadata),
-            num_features=num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            trainable=trainable,
-            activation=activation,
-            invertible=invertible,
-        )
-        self.use_running_average = use_running_average
-        self.axis = axis
-        self.momentum = momentum
-        self.unbiased = unbiased
-        self.update_running_average = update_running_average
+    use_running_average: bool | None = False
+    """Normalize by the running averages instead of the statistics of the batch."""
+    axis: Axes = -1
+    """The feature axis, or several."""
+    momentum: float | None = 0.99
+    """The weight of the *old* running average, in [0, 1]: ``1 - alpha`` of `jaxnorm.update_running`. None for the
+    cumulative average, which begins anew where ``count`` is zero, as after loading a checkpoint of Flax's layer."""
+    epsilon: float = 1e-5
+    unbiased: bool = False
+    """Average the unbiased variance, as PyTorch does."""
+    update_running_average: bool | None = None
+    """None to update them when they are not used."""
+
+    mean: nnx.BatchStat = field(init=False)
+    var: nnx.BatchStat = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make scale, bias and averages."""
+        super().__post_init__(*initial)
         self.mean = nnx.BatchStat(jnp.zeros(self._shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(self._shape, jnp.float32))
-        if momentum is None:
+        if self.momentum is None:
             self.count = nnx.BatchStat(jnp.zeros(self._shape, jnp.float32))
 
     def __call__(
@@ -225,10 +223,10 @@ class BatchNorm(_Layer):
         x: jax.Array,
         use_running_average: bool | None = None,
         *,
-        mask: jax.typing.ArrayLike | None = None,
+        mask: Array | None = None,
         update_running_average: bool | None = None,
         trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
+        residual: Array | None = None,
     ) -> jax.Array:
         """Normalize ``x``; the other arguments are as the attributes of that name, and override them.
 
@@ -244,36 +242,29 @@ class BatchNorm(_Layer):
           An array of the shape of ``x``.
 
         Raises:
-          ValueError: the features are not those the layer was built for, or a batch holds one value per feature.
+          ValueError: the features are not those the layer was built for, or an argument does not fit.
+
+        Warns:
+          UserWarning: a batch of one value per feature, or averages in use that were never updated.
         """
-        use_running = _layers.first_given(use_running_average, self.use_running_average)
-        use_running = _layers.check_given("BatchNorm", "use_running_average", use_running)
-        features = _layers.sorted_axes("BatchNorm", "axis", self.axis, jnp.ndim(x))
-        shape = tuple(x.shape[a] for a in features)
-        averages = [self.mean, self.var] + ([self.count] if self.momentum is None else [])
-        x, scale, bias, dtype = self._promoted(x, shape, trainable, self.mean[...], self.var[...])
+        label, use_running = _layers.label(self), _layers.first_given(use_running_average, self.use_running_average)
+        if use_running is None:
+            _layers.fail(label, "use_running_average must be given at construction or in the call", {"given": None})
+        update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
+        features = _layers.sorted_axes(label, "axis", self.axis, jnp.ndim(x))
+        averages = [self.mean, self.var, *([self.count] if self.momentum is None else [])]
+        arguments, after = self._arguments(x, features, trainable, self.mean[...], self.var[...])
+        shape = tuple(arguments["x"].shape[a] for a in features)
+        values = [self._fit(average[...], shape) for average in averages]
+        switches = {"use_running_average": use_running, "update": update}
         y, _, running = _layers.batch_norm(
-            x,
-            scale,
-            bias,
-            [self._fit(average[...], shape) for average in averages],
-            features=features,
-            use_running_average=use_running,
-            update_running_average=_layers.first_given(update_running_average, self.update_running_average),
-            initializing=False,
-            momentum=self.momentum,
-            unbiased=self.unbiased,
-            replicas=_layers.Replicas(self.axis_name, self.axis_index_groups),
-            epsilon=self.epsilon,
-            mask=mask,
-            dtype=dtype,
-            activation=self.activation,
-            residual=residual,
-            invertible=self.invertible,
+            label, self, averages=values, features=features, mask=mask, residual=residual, **switches, **arguments
         )
         for average, new in zip(averages, running or (), strict=False):
-            average[...] = new.reshape(self._shape)
-        return y
+            # In its own type, as in Flax, but for what no real number holds; whole, since its sharding may change.
+            dtype = new.dtype if jnp.iscomplexobj(new) else average[...].dtype
+            average.set_value(new.reshape(self._shape).astype(dtype))
+        return after(y)
 
     def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -295,32 +286,12 @@ class BatchNorm(_Layer):
             self.update_running_average = update_running_average
 
 
-class LayerNorm(_Layer):
+@_layers.documented("Args")
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerNorm(_Affine):
     """Layer normalization (Ba, Kiros and Hinton, 2016), in place of ``flax.nnx.LayerNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``).
-
-    Args:
-      num_features: how many features, or the shape of the feature axes.
-      epsilon: added to the variance.
-      dtype: of the output, and what ``promote_dtype`` converts to; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      reduction_axes: axis or axes that share their statistics.
-      feature_axes: axis or axes of scale and bias.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      promote_dtype: converts ``(x, scale, bias)``, called with the keyword ``dtype``.
-      rngs: keys for the initializers.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -330,99 +301,20 @@ class LayerNorm(_Layer):
       [-1.0, 1.0]
     """
 
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        epsilon: float = 1e-6,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = ZEROS,
-        scale_init: Initializer = ONES,
-        reduction_axes: Axes = -1,
-        feature_axes: Axes = -1,
-        axis_name: AxisNames | None = None,
-        axis_index_groups: Groups | None = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NO_METADATA,
-        scale_metadata: Metadata = NO_METADATA,
-        trainable: bool = True,
-        activation: Activation = None,
-        invertible: bool = False,
-    ) -> None:
-        self._create(
-            rngs,
-            param_dtype,
-            (use_scale, scale_init, scale_metadata),
-            (use_bias, bias_init, bias_metadata),
-            num_features=num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            trainable=trainable,
-            activation=activation,
-            invertible=invertible,
-        )
-        self.reduction_axes = reduction_axes
-        self.feature_axes = feature_axes
+    reduction_axes: Axes = -1
+    """Axis or axes that share their statistics."""
+    feature_axes: Axes = -1
+    """Axis or axes of scale and bias."""
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
-
-        Args:
-          x: array of any shape with the axes named at construction.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
-
-        Returns:
-          An array of the shape of ``x``.
-
-        Raises:
-          ValueError: the features are not those the layer was built for.
-        """
-        features = _layers.sorted_axes("LayerNorm", "feature_axes", self.feature_axes, jnp.ndim(x))
-        axes = _layers.sorted_axes("LayerNorm", "reduction_axes", self.reduction_axes, jnp.ndim(x))
-        return self._normalize(x, features, axes, mask, trainable, residual)
+    _reduction = staticmethod(_layers.given_axes)
 
 
+@_layers.documented("Args")
+@dataclass(eq=False, repr=False, kw_only=True)
 class RMSNorm(_Layer):
     """Root mean square normalization (Zhang and Sennrich, 2019), in place of ``flax.nnx.RMSNorm``.
 
     Variables: ``scale`` (``nnx.Param``).
-
-    Args:
-      num_features: how many features, or the shape of the feature axes.
-      epsilon: added to the mean square.
-      dtype: of the output, and what ``promote_dtype`` converts to; None for the promotion of input and parameters.
-      param_dtype: of the scale.
-      use_scale: whether there is a scale.
-      scale_init: initializer of the scale.
-      reduction_axes: axis or axes that share their statistics.
-      feature_axes: axis or axes of the scale.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the same.
-      promote_dtype: converts ``(x, scale)``, called with the keyword ``dtype``.
-      rngs: keys for the initializers.
-      scale_metadata: metadata of the scale.
-      trainable: whether the scale receives gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -432,101 +324,26 @@ class RMSNorm(_Layer):
       [1.0, -1.0]
     """
 
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        epsilon: float = 1e-6,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        use_scale: bool = True,
-        scale_init: Initializer = ONES,
-        reduction_axes: Axes = -1,
-        feature_axes: Axes = -1,
-        axis_name: AxisNames | None = None,
-        axis_index_groups: Groups | None = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        scale_metadata: Metadata = NO_METADATA,
-        trainable: bool = True,
-        activation: Activation = None,
-        invertible: bool = False,
-    ) -> None:
-        self._create(
-            rngs,
-            param_dtype,
-            (use_scale, scale_init, scale_metadata),
-            (False, ZEROS, NO_METADATA),
-            num_features=num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            trainable=trainable,
-            activation=activation,
-            invertible=invertible,
-        )
-        self.reduction_axes = reduction_axes
-        self.feature_axes = feature_axes
+    reduction_axes: Axes = -1
+    """Axis or axes that share their statistics."""
+    feature_axes: Axes = -1
+    """Axis or axes of the scale."""
 
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.typing.ArrayLike | None = None,
-        *,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
+    _reduction = staticmethod(partial(_layers.given_axes, centered=False))
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: jax.Array, mask: Array | None = None, *, trainable: bool | None = None, residual: Array | None = None
     ) -> jax.Array:
-        """Normalize ``x``.
-
-        Args:
-          x: array of any shape with the axes named at construction.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
-
-        Returns:
-          An array of the shape of ``x``.
-
-        Raises:
-          ValueError: the features are not those the layer was built for.
-        """
-        features = _layers.sorted_axes("RMSNorm", "feature_axes", self.feature_axes, jnp.ndim(x))
-        axes = _layers.sorted_axes("RMSNorm", "reduction_axes", self.reduction_axes, jnp.ndim(x))
-        return self._normalize(x, features, axes, mask, trainable, residual, centered=False)
+        """As that of the other layers; Flax takes this mask by position too."""
+        return super().__call__(x, mask=mask, trainable=trainable, residual=residual)
 
 
-class GroupNorm(_Layer):
+@_layers.documented("Args")
+@dataclass(eq=False, repr=False, kw_only=True)
+class GroupNorm(_Affine):
     """Group normalization (Wu and He, 2018), in place of ``flax.nnx.GroupNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``), one per channel.
-
-    Args:
-      num_features: how many channels.
-      num_groups: how many groups of neighbouring channels; None where ``group_size`` says it.
-      group_size: how many channels a group has, with ``num_groups=None``.
-      epsilon: added to the variance.
-      dtype: of the output, and what ``promote_dtype`` converts to; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      reduction_axes: axes that share their statistics, that of the channels included; None for all but the first.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      promote_dtype: converts ``(x, scale, bias)``, called with the keyword ``dtype``.
-      rngs: keys for the initializers.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
-      axis: the channel axis.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -537,107 +354,31 @@ class GroupNorm(_Layer):
       [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_groups: int | None = 32,
-        group_size: int | None = None,
-        *,
-        epsilon: float = 1e-6,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = ZEROS,
-        scale_init: Initializer = ONES,
-        reduction_axes: Axes | None = None,
-        axis_name: AxisNames | None = None,
-        axis_index_groups: Groups | None = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NO_METADATA,
-        scale_metadata: Metadata = NO_METADATA,
-        axis: int = -1,
-        trainable: bool = True,
-        activation: Activation = None,
-        invertible: bool = False,
-    ) -> None:
-        self.num_groups = _layers.group_count("GroupNorm", num_groups, group_size, num_features)
-        self.group_size = num_features // self.num_groups
-        self._create(
-            rngs,
-            param_dtype,
-            (use_scale, scale_init, scale_metadata),
-            (use_bias, bias_init, bias_metadata),
-            num_features=num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            trainable=trainable,
-            activation=activation,
-            invertible=invertible,
-        )
-        self.reduction_axes = reduction_axes
-        self.axis = axis
+    num_groups: int | None = field(default=32, kw_only=False)
+    """How many groups of neighbouring channels; None where ``group_size`` says it."""
+    group_size: int | None = field(default=None, kw_only=False)
+    """How many channels a group has, with ``num_groups=None``."""
+    reduction_axes: Axes | None = None
+    """Axes that share their statistics, that of the channels included; None for all but the first."""
+    axis: int = -1
+    """The channel axis."""
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
+    _reduction = staticmethod(partial(_layers.group_axes, counted=True))
 
-        Args:
-          x: array of shape ``(batch, ...)`` with the channels on ``axis``.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
-
-        Returns:
-          An array of the shape of ``x``.
-
-        Raises:
-          ValueError: the features are not those the layer was built for.
-        """
-        (channel,) = _layers.sorted_axes("GroupNorm", "axis", self.axis, jnp.ndim(x))
-        axes = _layers.group_axes("GroupNorm", channel, self.reduction_axes, jnp.ndim(x))
-        return self._normalize(
-            x, (channel,), axes, mask, trainable, residual, channel_groups=(channel, self.num_groups)
-        )
+    def __post_init__(self, *initial: Any) -> None:
+        """Make scale and bias, and count the groups."""
+        super().__post_init__(*initial)
+        channels = math.prod(self._shape)
+        self.num_groups = _layers.group_count("GroupNorm", self.num_groups, self.group_size, channels)
+        self.group_size = channels // self.num_groups
 
 
-class InstanceNorm(_Layer):
+@_layers.documented("Args")
+@dataclass(eq=False, repr=False, kw_only=True)
+class InstanceNorm(_Affine):
     """Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016), in place of ``flax.nnx.InstanceNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``).
-
-    Args:
-      num_features: how many features, or the shape of the feature axes.
-      epsilon: added to the variance.
-      dtype: of the output, and what ``promote_dtype`` converts to; None for the promotion of input and parameters.
-      param_dtype: of scale and bias.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      feature_axes: axis or axes that keep statistics of their own, and of scale and bias; not the first, the batch.
-      axis_name: mapped axis or axes over which the reduced axes are split.
-      axis_index_groups: lists of replicas; each is normalized with its own list only.
-      use_fast_variance: either choice gives the stable statistics.
-      promote_dtype: converts ``(x, scale, bias)``, called with the keyword ``dtype``.
-      rngs: keys for the initializers.
-      bias_metadata: metadata of the bias.
-      scale_metadata: metadata of the scale.
-      trainable: whether scale and bias receive gradients.
-      activation: applied last: None, a function, or the name of one (relu, leaky_relu, silu, gelu, ...).
-      invertible: keep the output for the backward pass in place of the input; see `jaxnorm.batch_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -647,69 +388,38 @@ class InstanceNorm(_Layer):
       [[[-1.0], [1.0]]]
     """
 
-    def __init__(
-        self,
-        num_features: int | Sequence[int],
-        *,
-        epsilon: float = 1e-6,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = ZEROS,
-        scale_init: Initializer = ONES,
-        feature_axes: Axes = -1,
-        axis_name: AxisNames | None = None,
-        axis_index_groups: Groups | None = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NO_METADATA,
-        scale_metadata: Metadata = NO_METADATA,
-        trainable: bool = True,
-        activation: Activation = None,
-        invertible: bool = False,
-    ) -> None:
-        self._create(
-            rngs,
-            param_dtype,
-            (use_scale, scale_init, scale_metadata),
-            (use_bias, bias_init, bias_metadata),
-            num_features=num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            trainable=trainable,
-            activation=activation,
-            invertible=invertible,
-        )
-        self.feature_axes = feature_axes
+    feature_axes: Axes = -1
+    """Axis or axes that keep statistics of their own, and of scale and bias; not the first, the batch."""
 
-    def __call__(
-        self,
-        x: jax.Array,
-        *,
-        mask: jax.typing.ArrayLike | None = None,
-        trainable: bool | None = None,
-        residual: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``.
+    _reduction = staticmethod(_layers.instance_axes)
 
-        Args:
-          x: array of shape ``(batch, ...)``.
-          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
-          residual: array of the shape of ``x``, added before the activation.
 
-        Returns:
-          An array of the shape of ``x``.
+def trainable_mask(model: nnx.Module) -> nnx.State:
+    """Which parameters train: all but scale and bias of the layers with ``trainable=False``.
 
-        Raises:
-          ValueError: the features are not those the layer was built for.
-        """
-        features = _layers.sorted_axes("InstanceNorm", "feature_axes", self.feature_axes, jnp.ndim(x))
-        axes = _layers.instance_axes("InstanceNorm", features, jnp.ndim(x))
-        return self._normalize(x, features, axes, mask, trainable, residual)
+    Their gradients are zero, but an optimizer may move them all the same: weight decay does. With
+    ``optax.adamw(1e-3, mask=mask)`` it does not.
+
+    Args:
+      model: the module.
+
+    Returns:
+      True or False, in the structure of ``nnx.state(model, nnx.Param)``.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import LayerNorm, trainable_mask
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), LayerNorm(2, trainable=False, rngs=rngs))
+      >>> jax.tree.leaves(trainable_mask(model))  # bias and kernel, then bias and scale
+      [True, True, False, False]
+    """
+    still = {
+        (*path, name)
+        for path, layer in nnx.iter_modules(model)
+        if isinstance(layer, _Layer) and not layer.trainable
+        for name in ("scale", "bias")
+    }
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return nnx.from_flat_state([(path, variable.replace(path not in still)) for path, variable in flat])

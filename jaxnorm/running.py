@@ -148,6 +148,11 @@ def update_running(
     if alpha is not None:
         _axes.check_number(function, "alpha", alpha, 0.0, 1.0)
 
+    # Where shardings are part of the types, both have to have one: that of their sum, in which either may be sharded.
+    zero = (jnp.zeros_like(old_mean) + jnp.zeros_like(mean)).real
+    old_mean, old_var, old_count, mean, var, count = (
+        value + zero.astype(value.dtype) for value in (old_mean, old_var, old_count, mean, var, count)
+    )
     kind = jnp.promote_types(old_mean.dtype, mean.dtype) if jnp.iscomplexobj(mean) else old_mean.dtype
     finite = jnp.isfinite(mean) & jnp.isfinite(var) & jnp.isfinite(count)
     mean, var, count = (jnp.where(finite, value, 0) for value in (mean, var, count))

@@ -1,18 +1,23 @@
 """The Linen and NNX layers: every argument of Flax's, the same variables, and what Flax lacks."""
 
-import dataclasses
 import inspect
+import linecache
+import re
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from checks import assert_close
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxnorm
 import jaxnorm.linen
@@ -90,13 +95,13 @@ def pair(kind, name, x, settings):
 # Signatures ----------------------------------------------------------------------------------------------------------
 
 
-def linen_arguments(cls):
-    return {f.name: (f.default, "field") for f in dataclasses.fields(cls) if f.name not in ("parent", "name")}
-
-
 def arguments(function):
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    return {p.name: (p.default, p.kind) for p in parameters}
+    return {p.name: (p.default, p.kind) for p in parameters if p.name not in ("parent", "name")}
+
+
+def positional(arguments):
+    return [name for name, (_, kind) in arguments.items() if kind != inspect.Parameter.KEYWORD_ONLY]
 
 
 def described(default):
@@ -114,9 +119,8 @@ class TestSignatures:
     def test_construction(self, kind, name):
         """Flax's arguments come first, in Flax's order, with Flax's defaults; a new one in Flax fails here."""
         _, theirs, ours = KINDS[kind]
-        read = linen_arguments if kind == "linen" else lambda cls: arguments(cls.__init__)
-        expected, actual = read(getattr(theirs, name)), read(getattr(ours, name))
-        assert list(actual)[: len(expected)] == list(expected)
+        expected, actual = (arguments(getattr(module, name).__init__) for module in (theirs, ours))
+        assert positional(actual)[: len(positional(expected))] == positional(expected)
         for argument, (default, how) in expected.items():
             assert described(actual[argument][0]) == described(default), argument
             assert actual[argument][1] == how, argument
@@ -131,10 +135,9 @@ class TestSignatures:
 
     def test_every_argument_is_tried_below(self, kind, name):
         _, theirs, _ = KINDS[kind]
-        read = linen_arguments if kind == "linen" else lambda cls: arguments(cls.__init__)
         tried = {a for settings in settings_of(kind, name).values() for a in settings}
         elsewhere = {"rngs", "axis_name", "axis_index_groups"}  # test_contexts, test_transformations
-        assert set(read(getattr(theirs, name))) <= tried | elsewhere
+        assert set(arguments(getattr(theirs, name).__init__)) <= tried | elsewhere
 
 
 def shifted(key, shape, dtype=jnp.float32):
@@ -498,25 +501,55 @@ def test_integers_are_promoted_as_in_flax(rng, kind):
         assert_close(y, np.asarray(expected), x.size)
 
 
+def nested(kind, x):
+    """A layer inside of a module inside of a model: its state, and ``call(state, **kwargs)``, the state afterwards."""
+    if kind == "linen":
+
+        class Block(flax.linen.Module):
+            @flax.linen.compact
+            def __call__(self, x, use_running_average):
+                return jaxnorm.linen.BatchNorm(name="norm")(x, use_running_average)
+
+        class Model(flax.linen.Module):
+            @flax.linen.compact
+            def __call__(self, x, use_running_average=False):
+                return Block(name="block")(x, use_running_average)
+
+        def call(variables, **kwargs):
+            return {**variables, **Model().apply(variables, x, mutable=["batch_stats"], **kwargs)[1]}
+
+        return Model().init(jax.random.key(0), x), call
+
+    def call_nnx(model, **kwargs):
+        use_running_average = kwargs.get("use_running_average", False)
+        model.norm(x, use_running_average=use_running_average)
+        return model
+
+    return nnx.Dict(norm=jaxnorm.nnx.BatchNorm(x.shape[-1], rngs=nnx.Rngs(0))), call_nnx
+
+
 # Guards --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestGuards:
     def test_averages_that_were_never_updated(self, rng, kind):
-        make, _, ours = KINDS[kind]
+        """Once, at the line of the user, by the place of the layer in the model where Flax knows one."""
         x = draw(rng)
-        layer = make(ours, "BatchNorm", x, {})
+        state, call = nested(kind, x)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             for _ in range(3):
-                layer.call(x, use_running_average=True)
-        assert len(caught) == 1
-        assert "never updated" in str(caught[0].message)
-        layer.call(x)
+                call(state, use_running_average=True)
+        (warning,) = caught
+        where = "BatchNorm (block/norm)" if kind == "linen" else "BatchNorm"
+        assert str(warning.message).startswith(f"{where}: the running averages in use were never updated")
+        assert warning.filename == __file__
+        assert "use_running_average" in linecache.getline(__file__, warning.lineno)
+        state = call(state)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            layer.call(x, use_running_average=True)
+            call(state, use_running_average=True)
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("affine", [True, False])
@@ -533,13 +566,22 @@ class TestGuards:
             layer.call(x[..., :4])
 
     def test_one_value_per_feature(self, rng, kind):
-        make, _, ours = KINDS[kind]
+        """A warning, once, that names the layer; none at initialization; and the output is what Flax gives."""
         x = draw(rng)[:1, :1, :1]
-        layer = make(ours, "BatchNorm", x, {})  # initialization is no error
-        with pytest.warns(UserWarning, match="BatchNorm: every statistic is of one value"):
-            layer.call(x)
-        layer.randomize()
-        layer.call(x, use_running_average=True)
+        make, theirs, ours = KINDS[kind]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layers = [make(module, "BatchNorm", x, {}) for module in (ours, theirs)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            y, expected = ([layer.call(x) for _ in range(3)][-1] for layer in layers)
+        (warning,) = caught
+        assert str(warning.message).startswith("BatchNorm: every statistic is of one value")
+        assert warning.filename == __file__
+        np.testing.assert_array_equal(y, expected)
+        assert_close(layers[0].leaves()["var"], np.asarray(layers[1].leaves()["var"]))
+        layers[0].randomize()
+        layers[0].call(x, use_running_average=True)
 
     def test_messages_name_the_layer(self, rng, kind):
         make, _, ours = KINDS[kind]
@@ -583,3 +625,257 @@ def test_initialization_in_linen_averages_nothing_and_needs_no_replicas(rng):
         for collection, variable, value in (("batch_stats", "mean", 0), ("batch_stats", "var", 1)):
             if name == "BatchNorm":
                 np.testing.assert_array_equal(layer.variables[collection][variable], value)
+
+
+# In place of Flax's, without exceptions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_complex_input_trains(rng, kind):
+    """Averages become complex, also those of NNX, of which Flax throws the imaginary part away."""
+    x = (draw(rng) + 1j * draw(rng)).astype(np.complex64)
+    make, _, ours = KINDS[kind]
+    layer = make(ours, "BatchNorm", x, {"momentum": 0.5})
+    layer.call(x)
+    y, expected = layer.call(x), jaxnorm.batch_norm(x)[0]
+    assert_close(np.abs(np.asarray(y) - np.asarray(expected)), np.zeros(SHAPE), x.size, magnitude=3)
+    mean, var = (layer.leaves()[name] for name in ("mean", "var"))
+    assert (mean.dtype, var.dtype) == (jnp.complex64, jnp.float32)
+    exact = x.astype(np.complex128)
+    np.testing.assert_allclose(mean, 0.75 * exact.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(var, 0.25 + 0.75 * exact.var((0, 1, 2)), rtol=1e-5)
+    assert layer.call(x, use_running_average=True).dtype == jnp.complex64
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # in Flax's own layer
+def test_averages_in_64_bits_are_of_the_types_of_flax(rng, kind, dtype):
+    x = draw(rng).astype(dtype)
+    make, theirs, ours = KINDS[kind]
+    layers = [make(module, "BatchNorm", x, {}) for module in (ours, theirs)]
+    dtypes = [(layer.call(x).dtype, {n: v.dtype for n, v in layer.leaves().items()}) for layer in layers]
+    assert dtypes[0] == dtypes[1]
+
+
+def test_what_is_sown_does_not_grow(rng):
+    """Fed back with all other collections, it keeps its structure; every leaf is an array of its own name."""
+    x = draw(rng)
+    layer = jaxnorm.linen.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    structures = []
+    for _ in range(3):
+        _, updates = layer.apply(variables, x, mutable=["batch_stats", "intermediates"])
+        variables = {**variables, **updates}
+        structures.append(jax.tree.structure(variables))
+    assert structures[0] == structures[1] == structures[2]
+    sown = variables["intermediates"]
+    assert {name: value.shape for name, value in sown.items()} == dict.fromkeys(
+        ("batch_mean", "batch_var", "batch_count"), (8,)
+    )
+    np.testing.assert_array_equal(sown["batch_mean"], jaxnorm.batch_norm(x)[1].mean)
+
+
+def test_calls_of_modules_are_those_of_flax(rng):
+    """What `intercept_methods`, `capture_intermediates` and `tabulate` see: no helper of ours."""
+    x = draw(rng)
+
+    def seen(module, name):
+        calls = []
+
+        def note(next_function, args, kwargs, context):
+            calls.append((type(context.module).__name__, context.method_name))
+            return next_function(*args, **kwargs)
+
+        settings = {"use_running_average": False} if name == "BatchNorm" else {}
+        layer = getattr(module, name)(**(GROUPS if name == "GroupNorm" else settings))
+        with flax.linen.intercept_methods(note):
+            variables = layer.init(jax.random.key(0), x)
+        _, state = layer.apply(variables, x, capture_intermediates=True, mutable=["batch_stats", "intermediates"])
+        captured = {name for name in state["intermediates"] if not name.startswith("batch_")}
+        return calls, captured, layer.tabulate(jax.random.key(0), x, compute_flops=True).count("__call__")
+
+    for name in NAMES:
+        assert seen(jaxnorm.linen, name) == seen(flax.linen, name), name
+
+
+def test_smoke_calls_with_one_example_leave_flax_whole():
+    x = jnp.ones((1, 8))
+    model = nnx.Sequential(jaxnorm.nnx.BatchNorm(8, rngs=nnx.Rngs(0)), jaxnorm.nnx.LayerNorm(8, rngs=nnx.Rngs(0)))
+    call = jaxnorm.nnx.BatchNorm.__call__
+    with pytest.warns(UserWarning, match="every statistic is of one value"):
+        assert "BatchNorm" in nnx.tabulate(model, x)
+    assert jaxnorm.nnx.BatchNorm.__call__ is call
+
+
+@pytest.mark.parametrize("spec", [P(None, "c"), P("b"), P("b", "c")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_sharding(rng, kind, spec):
+    """Channels, examples or both are sharded, and shardings are part of the types: averages as on one device."""
+    x = draw(rng, (8, 8))
+    mesh = jax.make_mesh((2, 4), ("b", "c"), axis_types=(AxisType.Explicit,) * 2)
+    make, _, ours = KINDS[kind]
+    expected = make(ours, "BatchNorm", x, {})
+    for _ in range(2):
+        expected.call(x)
+    with jax.set_mesh(mesh):
+        layer = make(ours, "BatchNorm", x, {})
+        for _ in range(2):
+            layer.call(jax.device_put(x, NamedSharding(mesh, spec)))
+    assert layer.leaves()["mean"].sharding.spec == P(*spec[1:] or [None])
+    for name, value in layer.leaves().items():
+        assert_close(value, np.asarray(expected.leaves()[name]), 8)
+
+
+def test_cumulative_averages_of_a_checkpoint_of_flax(rng):
+    """It has no count: none is needed where nothing is averaged, and averages begin anew where something is."""
+    x = draw(rng)
+    variables = flax.linen.BatchNorm(use_running_average=True).init(jax.random.key(0), x)
+    variables["batch_stats"]["mean"] += 1
+    layer = jaxnorm.linen.BatchNorm(momentum=None)
+    y = layer.apply(variables, x, use_running_average=True)
+    assert_close(y, (x - 1) / np.sqrt(1 + 1e-5), 1)
+    layer.apply(variables, x, use_running_average=False, update_running_average=False)
+    _, updates = layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
+    assert_close(updates["batch_stats"]["mean"], x.astype(np.float64).mean((0, 1, 2)), 120)
+    np.testing.assert_array_equal(updates["batch_stats"]["count"], 120)
+
+    ours, theirs = jaxnorm.nnx.BatchNorm(8, momentum=None, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+    theirs.mean[...] = jnp.ones(8)
+    nnx.update(ours, nnx.state(theirs))
+    assert_close(ours(x, use_running_average=True), (x - 1) / np.sqrt(1 + 1e-5), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_decay_is_kept_from_what_does_not_train(rng, kind):
+    """With the mask of one call, scale and bias stay; without it they move, though their gradients are zero."""
+    x = draw(rng)
+    if kind == "linen":
+        norm, free = jaxnorm.linen.LayerNorm(trainable=False), jaxnorm.linen.RMSNorm()
+        model = flax.linen.Sequential([flax.linen.Dense(8), norm, free])
+        variables = model.init(jax.random.key(0), x)
+        params, mask = variables["params"], jaxnorm.linen.trainable_mask(model, variables, x)
+        gradient = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))(params)
+    else:
+        rngs = nnx.Rngs(0)
+        norm, free = jaxnorm.nnx.LayerNorm(8, trainable=False, rngs=rngs), jaxnorm.nnx.RMSNorm(8, rngs=rngs)
+        model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), norm, free)
+        params, mask = nnx.state(model, nnx.Param), jaxnorm.nnx.trainable_mask(model)
+        gradient = nnx.grad(lambda m: jnp.sum(jnp.sin(m(x))))(model)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    for masked in (mask, None):
+        optimizer = optax.adamw(0.1, weight_decay=0.1, mask=masked)
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        moved = [bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates)]
+        assert moved == (jax.tree.leaves(mask) if masked is not None else [True, True, False, True, True])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainable_mask_sees_the_call(kind):
+    """A layer that is told in the call; and, in NNX, by a view."""
+    x = jnp.ones((2, 8))
+    if kind == "linen":
+
+        class Model(flax.linen.Module):
+            @flax.linen.compact
+            def __call__(self, x):
+                x = jaxnorm.linen.RMSNorm(name="still")(x, trainable=False)
+                return jaxnorm.linen.RMSNorm(trainable=False, name="trained")(x, trainable=True)
+
+        variables = Model().init(jax.random.key(0), x)
+        mask = jaxnorm.linen.trainable_mask(Model(), variables, x)
+        assert mask == {"still": {"scale": False}, "trained": {"scale": True}}
+    else:
+        view = nnx.view(jaxnorm.nnx.RMSNorm(8, rngs=nnx.Rngs(0)), trainable=False)
+        assert jax.tree.leaves(jaxnorm.nnx.trainable_mask(view)) == [False]
+
+
+ACTIVATIONS = {name: name for name in ("swish", "tanh", "sigmoid", "elu", "relu6")}
+ACTIVATIONS |= {
+    "partial of elu": partial(jax.nn.elu, alpha=0.5),
+    "partial of gelu": partial(jax.nn.gelu, approximate=False),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_by_name_and_as_partials(rng, kind, activation):
+    x = draw(rng)
+    make, _, ours = KINDS[kind]
+    layer = make(ours, "LayerNorm", x, {"activation": activation})
+    function = getattr(jax.nn, activation) if isinstance(activation, str) else activation
+    assert_close(layer.call(x), np.asarray(function(make(ours, "LayerNorm", x, {}).call(x))), 8)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_as_activation(rng, kind, name):
+    """It keeps its own parameters, in the model, and learns; the residual is added before it."""
+    x, residual = draw(rng), draw(rng)
+    make, _, ours = KINDS[kind]
+    prelu = flax.linen.PReLU() if kind == "linen" else nnx.PReLU()
+    plain, layer = make(ours, name, x, {}), make(ours, name, x, {"activation": prelu})
+    z = np.asarray(plain.call(x, residual=residual), np.float64)
+    assert_close(layer.call(x, residual=residual), np.where(z >= 0, z, 0.01 * z), 8)
+
+    def loss(state):
+        if kind == "nnx":
+            return jnp.sum(state(x))
+        layer.variables = {**layer.variables, "params": state}
+        return jnp.sum(layer.call(x))
+
+    if kind == "linen":
+        slope = jax.grad(loss)(layer.variables["params"])["activation"]["negative_slope"]
+    else:
+        slope = nnx.grad(loss)(layer.layer)["activation"]["negative_slope"][...]
+    np.testing.assert_allclose(slope, np.minimum(np.asarray(plain.call(x), np.float64), 0).sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match=f"{name}: invertible needs an activation that forgets nothing"):
+        make(ours, name, x, {"activation": prelu, "invertible": True}).call(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_traced_epsilon(rng, kind):
+    x = draw(rng)
+
+    def of(epsilon):
+        if kind == "linen":
+            layer = jaxnorm.linen.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False)
+            return layer.apply({}, x)
+        return jaxnorm.nnx.LayerNorm(8, epsilon=epsilon, rngs=nnx.Rngs(0))(x)
+
+    assert_close(jax.jit(of)(0.5), jaxnorm.layer_norm(x, epsilon=0.5), 8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_invertible_layer_that_starts_at_zero_is_refused(rng, kind, name, compiled):
+    """Before the first step, where a residual block begins with a scale of zero, also if initialization is compiled."""
+    x = draw(rng)
+    settings = {"invertible": True, **(GROUPS if name == "GroupNorm" else {})}
+    train = {"use_running_average": False} if name == "BatchNorm" else {}
+
+    def start(scale_init):
+        if kind == "linen":
+            layer = getattr(jaxnorm.linen, name)(scale_init=scale_init, **settings)
+            return layer.init(jax.random.key(0), x, **train)
+        return nnx.state(getattr(jaxnorm.nnx, name)(8, scale_init=scale_init, rngs=nnx.Rngs(0), **settings))
+
+    run = (lambda init: jax.jit(partial(start, init))()) if compiled else start
+    for init in (jax.nn.initializers.zeros, jax.nn.initializers.constant(1e-9)):
+        with pytest.raises(ValueError, match=rf"^{name}: .*let scale_init start it at one, or .*invertible=False"):
+            run(init)
+    run(jax.nn.initializers.normal(0.5))
+    if kind == "linen":
+        run(flax.linen.with_partitioning(flax.linen.initializers.ones, ("model",)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_argument_is_documented(kind, name):
+    """In what `help` shows of the class; what is described nowhere else, once."""
+    cls = getattr(KINDS[kind][2], name)
+    for argument in arguments(cls.__init__):
+        assert len(re.findall(rf"^  {argument}: \S", cls.__doc__, re.MULTILINE)) == 1, argument
+    assert cls.__doc__.index("Example:") > cls.__doc__.index("  epsilon:")

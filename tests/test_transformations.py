@@ -436,6 +436,44 @@ def test_flax_issue_2606(rng):
         layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
 
 
+class Carrying(nn.Module):
+    """One layer applied again and again, its averages carried from step to step; as in docs/transformations.md."""
+
+    once: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        body = Doubling(name="body")
+        if self.once and self.is_initializing():
+            return body(x)[0]
+        scan = nn.scan(
+            lambda body, x, _: body(x),
+            variable_carry="batch_stats",
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=LAYERS,
+        )
+        return scan(body, x, None)[0]
+
+
+def test_flax_issue_2052(rng):
+    """Averages that a scan carries: it cannot create them, so the body is initialized once, outside of it."""
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+    with pytest.raises(TypeError, match="carry input and carry output must have the same pytree structure"):
+        Carrying(once=False).init(jax.random.key(0), x)  # if this is no error any more, the page need not say so
+    variables = Carrying().init(jax.random.key(0), x)
+    y, updates = Carrying().apply(variables, x, mutable="batch_stats")
+    expected, mean, var = x, np.zeros(FEATURES), np.ones(FEATURES)
+    for _ in range(LAYERS):
+        exact = expected.astype(np.float64)
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * exact.mean((0, 1))
+        var = MOMENTUM * var + (1 - MOMENTUM) * exact.var((0, 1))
+        expected = 2 * exact_step(expected)[0]
+    averages = updates["batch_stats"]["body"]["norm"]
+    for actual, exact in ((y, expected), (averages["mean"], mean), (averages["var"], var)):
+        assert_close(actual, exact, x.size)
+
+
 @pytest.mark.parametrize("mapped", ["vmap", "shard_map", "shard_map, check_vma=False"])
 @pytest.mark.parametrize("interface", ["Linen", "NNX"])
 def test_groups_of_replicas(rng, interface, mapped):
