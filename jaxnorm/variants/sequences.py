@@ -1,9 +1,8 @@
 """Sequences of varying length: masks from lengths, and statistics for each time step."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnorm import _axes
 from jaxnorm.functional import Array
@@ -44,12 +43,11 @@ def length_mask(lengths: Array, length: int) -> jax.Array:
     lengths = _axes.as_array("length_mask", "lengths", lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         _axes.fail("length_mask", "lengths must be integers", {"dtype": str(lengths.dtype)}, TypeError)
-    (length,) = _axes.check_shape("length_mask", "length", operator.index(length) if _whole(length) else length)
+    if isinstance(length, bool) or not isinstance(length, int | np.integer):
+        _axes.fail("length_mask", "length must be an integer", {"length": length}, TypeError)
+    if length < 0:
+        _axes.fail("length_mask", "length must not be negative", {"length": length})
     return jnp.expand_dims(lengths, -1) > jnp.expand_dims(jnp.arange(length), range(lengths.ndim))
-
-
-def _whole(value) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def running_at(running: RunningStats, steps: Array) -> RunningStats:

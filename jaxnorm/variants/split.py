@@ -114,7 +114,9 @@ def check_domain(function: str, domain: Array, num_domains: int, x: jax.Array) -
         _axes.fail(function, "domain must hold integers", {"dtype": str(domain.dtype)}, TypeError)
     if domain.shape != x.shape[:1]:
         _axes.fail(function, f"domain must have one number an example, {x.shape[:1]}", {"shape": domain.shape})
-    if not isinstance(domain, Tracer) and not ((domain >= 0) & (domain < num_domains)).all():
-        got = {"smallest": int(domain.min()), "largest": int(domain.max()), "num_domains": num_domains}
-        _axes.fail(function, "domain must lie in [0, num_domains)", got)
+    if not isinstance(domain, Tracer) and domain.size:
+        known = np.asarray(domain)
+        if known.min() < 0 or known.max() >= num_domains:
+            got = {"smallest": int(known.min()), "largest": int(known.max()), "num_domains": num_domains}
+            _axes.fail(function, "domain must lie in [0, num_domains)", got)
     return domain
