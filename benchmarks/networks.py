@@ -273,6 +273,7 @@ def other_stacks() -> Iterator[Case]:
     """Residual blocks, and blocks of a transformer."""
     for activation in ("relu", "silu"):
         yield f"4 x residual block, {activation}", partial(residual_stack, 4, activation), PLAIN
+    yield "ResNet-18, relu", partial(resnet, "resnet18", "relu", 256, 32), PLAIN
     for kind in ("layer", "rms"):
         yield f"2 x transformer block, {kind}", partial(transformer, 2, kind), PLAIN[:2]
 
@@ -288,9 +289,12 @@ def resnets(target: str) -> Iterator[Case]:
 
 
 def small() -> Iterator[Case]:
-    """What is compiled in a minute, for the tests."""
-    yield "2 x (conv, norm, act), unrolled", partial(conv_stack, 2, False, False, "relu", examples=512), PLAIN
-    yield "ResNet-18, relu", partial(resnet, "resnet18", "relu", 256, 32), PLAIN
+    """What is compiled in a minute, for the tests; on a TPU, small enough for the activations to stay on the chip."""
+    yield (
+        "2 x (conv, norm, act), unrolled",
+        partial(conv_stack, 2, False, False, "relu", examples=128),
+        ("flax", "inside"),
+    )
 
 
 def rival(contender: str) -> str:
