@@ -61,7 +61,7 @@ def renorm(x, p, running, progress):
     return jaxnorm.batch_renorm(x, running, p["scale"], p["bias"], r_max=r_max, d_max=d_max, activation="relu")
 
 
-def switchable(x, p, running, **settings):
+def switchable(x, p, **settings):
     """`jaxnorm.switchable_norm` with ReLU."""
     return jaxnorm.switchable_norm(
         x, p["mean_logits"], p["var_logits"], p["scale"], p["bias"], activation="relu", **settings
@@ -96,8 +96,8 @@ NORMS = {
         lambda c: {"v": jnp.ones(c)},
     ),
     "switchable": Norm(
-        lambda x, p, r, _: switchable(x, p, r),
-        lambda x, p, r: switchable(x, p, r, running=r)[0],
+        lambda x, p, r, _: switchable(x, p),
+        lambda x, p, r: switchable(x, p, running=r)[0],
         lambda c: {"mean_logits": jnp.zeros(3), "var_logits": jnp.zeros(3)},
     ),
     "dynamic tanh": Norm(
