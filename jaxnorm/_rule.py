@@ -1,4 +1,4 @@
-"""The rule: statistics and their tangent, the affine map, and how the two are put together.
+"""The rule: statistics and their tangent, and the affine map.
 
 With weights w, n their sum and xc = x - mean, the statistics of an array have the tangents (Ioffe and Szegedy, "Batch
 Normalization", 2015, section 3, read forwards)
@@ -10,8 +10,8 @@ second derivatives, ``shard_map``, ``vmap``, ``pmap``. All else is plain jax: me
 makes of the statistics, and the map y = (x - mean) / sqrt(var + epsilon) * scale + bias. The transpose of it all is the
 textbook backward pass, with two sums over the data and one collective.
 
-What the derivative needs of the data it reads again from what is stored: the input, or in the invertible mode the
-output (Rota Bulo et al., "In-Place Activated BatchNorm", 2018). That is all in which this mode differs.
+What the derivative needs of the data it reads again from what is stored: `as_stored` reads the input, and in the
+invertible mode another function reads the output. `_engine` puts it all together.
 """
 
 from functools import partial
@@ -23,10 +23,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxnorm._axes import statistics_dtype
-from jaxnorm._epilogue import STATELESS, Function, applied, hoist, identity
-from jaxnorm._moments import ChannelGroups, Moments, Statistics, abs_sq, apply_weights, divisor, measure, measured
-from jaxnorm._replicas import Replicas, merge_replicas, vary
-from jaxnorm._xla import Map, apart, is_zero, optimization_barrier, recomputed, spread, sum_over
+from jaxnorm._epilogue import Function, applied, identity
+from jaxnorm._moments import Statistics, abs_sq, apply_weights, divisor, measure, measured
+from jaxnorm._replicas import Replicas, vary
+from jaxnorm._xla import Map, is_zero, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 save_statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
@@ -60,17 +60,17 @@ class How(NamedTuple):
     plain: bool = False
 
 
-def _named(name: str, value: jax.Array) -> jax.Array:
+def named(name: str, value: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(value):  # jax 0.10 to 0.12 cannot save a complex number by name
-        return lax.complex(_named(name, value.real), _named(name, value.imag))
+        return lax.complex(named(name, value.real), named(name, value.imag))
     return checkpoint_name(value, name)
 
 
-saved = partial(jax.tree.map, partial(_named, STATISTICS))
+saved = partial(jax.tree.map, partial(named, STATISTICS))
 """Statistics that `save_statistics` keeps."""
 
 
-def _read(x: jax.Array, weights: jax.Array | None, residual: jax.Array | None) -> tuple[Any, Any]:
+def as_stored(x: jax.Array, weights: jax.Array | None, residual: jax.Array | None) -> tuple[Any, Any]:
     """The data in the dtype of the arithmetic, zero where it is masked out and not finite."""
     x = x.astype(statistics_dtype(x.dtype))
     x = x if weights is None else jnp.where(measured(weights) | jnp.isfinite(x), x, 0)
@@ -79,17 +79,17 @@ def _read(x: jax.Array, weights: jax.Array | None, residual: jax.Array | None) -
 
 def _from_mean(x: jax.Array, statistics: Statistics, origin: Statistics | None) -> jax.Array:
     """``x - mean``, where ``x`` is itself the distance from the mean of ``origin``, if there is one."""
-    _, center, offset, _ = statistics if origin is None else _relative(statistics, origin)
+    _, center, offset, _ = statistics if origin is None else relative(statistics, origin)
     return (x - center) - offset
 
 
-def _relative(statistics: Statistics, origin: Statistics) -> Statistics:
+def relative(statistics: Statistics, origin: Statistics) -> Statistics:
     center, offset = statistics.center - origin.center, statistics.offset - origin.offset
     return statistics._replace(center=lax.stop_gradient(center), offset=offset)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _statistics(how: How, read: Function, differentiated: bool, data, stored, weights, near, origin, known):
+def measured_statistics(how: How, read: Function, differentiated: bool, data, stored, weights, near, origin, known):
     """Of the data, which ``read(*stored)`` gives: ``known``, or measured. Of the mean, ``offset`` is differentiated."""
     if known is not None:
         return known
@@ -97,11 +97,11 @@ def _statistics(how: How, read: Function, differentiated: bool, data, stored, we
     return measure(stored[0], weights, near, differentiated=differentiated, **settings)
 
 
-@partial(_statistics.defjvp, symbolic_zeros=True)
+@partial(measured_statistics.defjvp, symbolic_zeros=True)
 def _statistics_tangent(how, read, _, primals, tangents):
     (t, _), _, t_weights, *_ = tangents
     _, stored, weights, _, origin, _ = primals
-    statistics = saved(_statistics(how, read, True, *primals))
+    statistics = saved(measured_statistics(how, read, True, *primals))
 
     def tangent(t, t_weights, stored, weights, origin, statistics):
         x, n = read(*stored)[0], divisor(statistics.count)
@@ -129,7 +129,7 @@ def _affine(x, residual, center, offset, multiplier, scale, constant) -> jax.Arr
     return z if residual is None else z + residual
 
 
-def _map(how: How, read: Function, data, stored, statistics, scale, bias, epsilon, closed_over) -> jax.Array:
+def normalized(how: How, read: Function, data, stored, statistics, scale, bias, epsilon, closed_over) -> jax.Array:
     """``(x - mean) / sqrt(var + epsilon) * scale + bias``, then the epilogue; of what has no values, ``bias``."""
     count, center, offset, var = statistics
     rstd = (count > 0).astype(var.dtype) / jnp.sqrt(var + epsilon)
@@ -148,135 +148,3 @@ def _map(how: How, read: Function, data, stored, statistics, scale, bias, epsilo
     after = None if how.activation is identity else partial(applied, how.activation)
     function = spread.fun if how.plain else spread
     return function(Map(read, _affine, after, how.dtype), data, stored, (center, *small), further)
-
-
-def _measure(how: How, read: Function, data, stored, weights, near, origin=None, known=None, differentiated=False):
-    """The statistics of this array, and of all replicas together."""
-    function = _statistics.fun if how.plain else _statistics
-    local = function(how, read, differentiated, data, stored, weights, near, origin, known)
-    if not how.plain:
-        local = local._replace(center=lax.stop_gradient(local.center))
-    return local, merge_replicas(local, how.replicas, saved)
-
-
-class Arguments(NamedTuple):
-    """What is differentiated, all in the rank of ``x``; `standardize` says what it is."""
-
-    x: jax.Array
-    weights: jax.Array | None
-    residual: jax.Array | None
-    given: Statistics | None
-    scale: jax.Array | None
-    bias: jax.Array | None
-    epsilon: jax.Array
-    near: jax.Array | None = None
-    of_adjust: tuple[jax.Array, ...] = ()
-    of_activation: tuple[jax.Array, ...] = ()
-    of_inverse: tuple[jax.Array, ...] = ()
-
-
-def _standardize(
-    how: How,
-    a: Arguments,
-    read: Function = _read,
-    stored: Any = None,
-    origin: Any = None,
-    known: Any = None,
-    differentiated: bool = False,
-):
-    """The output; the statistics measured and used; and, for who inverts it, those of this array."""
-    data = _read(a.x, None, a.residual)  # of this only the derivative is used, which is that of what is stored
-    stored = (a.x, a.weights, a.residual) if stored is None else stored
-    local: Any = a.given
-    statistics = used = local
-    if local is None:
-        local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known, differentiated)
-        adjust = apart(how.adjust) if isinstance(how.adjust, ChannelGroups) and not how.plain else how.adjust
-        used = statistics if adjust is None else adjust(statistics, *a.of_adjust)
-        if not isinstance(used, Statistics):
-            used, statistics = used
-    relative = used if origin is None else _relative(used, origin)
-    y = _map(how, read, data, stored, relative, a.scale, a.bias, a.epsilon, a.of_activation)
-    return y, statistics, used, local
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _invertible(how: How, a: Arguments):
-    """`_standardize`, of which the derivative reads the output."""
-    return _standardize(how, a)
-
-
-@_invertible.defjvp
-def _invertible_tangent(how, primals, tangents):
-    y, *rest = _standardize(how, *primals, differentiated=True)
-    y, (statistics, used, local) = _named(OUTPUT, y), map(saved, rest)
-
-    def recovered(y, a, used):
-        z = how.inverse(y.astype(used.offset.dtype), *a.of_inverse)
-        residual = None if a.residual is None else a.residual.astype(z.dtype)
-        z = z if residual is None else z - residual
-        z = z if a.bias is None else z - a.bias
-        z = z if a.scale is None else z * (1 / a.scale)  # a division for every value would cost XLA an array
-        return z * jnp.sqrt(used.var + a.epsilon), residual
-
-    stored = (optimization_barrier(y), primals[0]._replace(x=None), used)
-    _, t = jax.jvp(lambda a: _standardize(how, a, recovered, stored, used, local), primals, tangents)
-    return (y, statistics, used, local), (optimization_barrier(t[0]), *t[1:])
-
-
-def _run(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
-    y, statistics, *_ = (_standardize if how.inverse is None else _invertible)(how, a)
-    return y, _moments(statistics)
-
-
-def _moments(statistics: Statistics) -> Moments:
-    return Moments(statistics.center + statistics.offset, statistics.var, statistics.count)
-
-
-_compiled = jax.jit(_run, static_argnums=0, inline=True)
-
-
-def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
-    """Normalize ``x`` by statistics ``given`` or by its own. What is reduced stays with size one in the moments.
-
-    For the backward pass ``x`` is kept, in its own dtype, with statistics; the rest is recomputed. Where there is an
-    inverse, the output is kept in its place.
-    """
-    own, stateless = isinstance(how.adjust, ChannelGroups | None), any(how.activation is f for f in STATELESS)
-    if own and stateless:
-        return _compiled(how, a)
-    data = _read(a.x, a.weights, a.residual)
-    if not stateless:
-        activation, of_activation = hoist(how.activation, data[0].astype(how.dtype))
-        how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
-    if how.inverse is not None and not stateless:
-        inverse, of_inverse = hoist(how.inverse, data[0])
-        how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
-    if how.inverse is not None and how.adjust is not None and not own:
-        _, statistics = _measure(how, _read, data, (a.x, a.weights, a.residual), a.weights, a.near)
-        adjust, of_adjust = hoist(how.adjust, statistics)
-        how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)
-    return _run(how, a)
-
-
-@partial(jax.jit, static_argnums=0, inline=True)
-def statistics(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Statistics:
-    """The statistics of ``x``, reduced axes kept with size one."""
-    stored = (x, weights, None)
-    return _measure(how, _read, _read(*stored), stored, weights, near)[1]
-
-
-@partial(jax.jit, static_argnums=0, inline=True)
-def moments(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Moments:
-    """`statistics`, rounded."""
-    return _moments(statistics(how, x, weights, near))
-
-
-def pointwise(formula: Function, x: jax.Array, weights: jax.Array | None, *small: jax.Array | None) -> jax.Array:
-    """``formula(x, *small)``, which need not be affine, in the dtype of ``x``; ``x`` alone is kept to derive it.
-
-    The arithmetic is that of the statistics; NaN and inf that are masked out read as zero.
-    """
-    stored = (x, weights, None)
-    how = Map(_read, lambda x, _, *small: formula(x, *small), None, x.dtype)
-    return spread(how, _read(*stored), stored, vary(small, x), ())

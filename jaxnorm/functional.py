@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm import _axes, _rule
+from jaxnorm import _axes, _engine
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation, check_activation, inverse_of
 from jaxnorm._moments import ChannelGroups, Moments, Statistics
 from jaxnorm._replicas import Replicas
+from jaxnorm._rule import How
 
 Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
@@ -51,7 +52,7 @@ def normalize_array(
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     weights = _axes.check_mask(function, mask, x)
     scale, bias = (_axes.check_parameter(function, n, v, features, x) for n, v in (("scale", scale), ("bias", bias)))
-    how = _rule.How(
+    how = How(
         axes=tuple(sorted(axes)),
         centered=centered,
         replicas=replicas,
@@ -73,7 +74,7 @@ def normalize_array(
     elif centered and not initializing and (adjust is None or isinstance(adjust, ChannelGroups)):
         group = x.shape[adjust.axis] // adjust.num_groups if isinstance(adjust, ChannelGroups) else 1
         _axes.warn_of_one_value(function, x, how.axes, group, *replicas)
-    arguments = _rule.Arguments(
+    arguments = _engine.Arguments(
         x,
         weights,
         _axes.check_residual(function, residual, x),
@@ -83,7 +84,7 @@ def normalize_array(
         _axes.check_epsilon(function, epsilon),
         _near(function, near, features, x),
     )
-    return _rule.standardize(how, arguments)
+    return _engine.standardize(how, arguments)
 
 
 def standardize(
@@ -604,8 +605,8 @@ def measure_array(
 ) -> Moments:
     """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    how = _rule.How(axes, replicas=replicas, plain=_is_jet(x))
-    return _rule.moments(how, x, _axes.check_mask(function, mask, x), near)
+    how = How(axes, replicas=replicas, plain=_is_jet(x))
+    return _engine.moments(how, x, _axes.check_mask(function, mask, x), near)
 
 
 def _is_jet(x: jax.Array) -> bool:

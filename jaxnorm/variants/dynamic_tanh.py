@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxnorm import _axes, _rule
+from jaxnorm import _axes, _engine
 from jaxnorm._axes import Axes
 from jaxnorm.functional import Array
 
@@ -44,7 +44,7 @@ def dynamic_tanh(
     _axes.check_number(function, "alpha", alpha, -float("inf"), float("inf"))
     scale, bias = (_axes.check_parameter(function, n, p, features, x) for n, p in (("scale", scale), ("bias", bias)))
     alpha = jnp.full((1,) * x.ndim, alpha, _axes.statistics_dtype(x.dtype))
-    return _rule.pointwise(_formula, x, None, alpha, scale, bias)
+    return _engine.pointwise(_formula, x, None, alpha, scale, bias)
 
 
 def _formula(x, alpha, scale, bias):

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm import _axes, _rule
+from jaxnorm import _axes, _engine
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._moments import ChannelGroups, Moments
 from jaxnorm._replicas import Replicas
+from jaxnorm._rule import How
 from jaxnorm.functional import Array, Groups
 from jaxnorm.variants._examples import check_examples, extract, given, merge_batch
 
@@ -63,11 +64,11 @@ def evonorm_b0(
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
     gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
-    instance = _rule.statistics(_rule.How(axes), x, weights, None)
+    instance = _engine.statistics(How(axes), x, weights, None)
     batch = merge_batch(instance, replicas)
     used = batch if running is None else given(function, running, features, x)
     own, shared = (jnp.sqrt(var + epsilon) for var in (instance.var, used.var))
-    y = _rule.pointwise(_b0, x, weights, shared, own, slope, gamma * (instance.count > 0), beta)
+    y = _engine.pointwise(_b0, x, weights, shared, own, slope, gamma * (instance.count > 0), beta)
     return y, extract(Moments(batch.center + batch.offset, batch.var, batch.count), features)
 
 
@@ -120,9 +121,9 @@ def evonorm_s0(
     _axes.check_groups(function, num_groups, x.shape[features[0]])
     epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
     gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
-    group = ChannelGroups(*features, num_groups)(_rule.statistics(_rule.How(axes), x, weights, None))
+    group = ChannelGroups(*features, num_groups)(_engine.statistics(How(axes), x, weights, None))
     multiplier = gamma * (group.count > 0) / jnp.sqrt(group.var + epsilon)
-    return _rule.pointwise(_s0, x, weights, slope, multiplier, beta)
+    return _engine.pointwise(_s0, x, weights, slope, multiplier, beta)
 
 
 def _b0(x, shared, own, v, scale, bias):
