@@ -10,7 +10,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -228,6 +228,7 @@ def check_replicas(
 
 
 def warn_of_one_value(
+    warn: Callable[[str, str], None],
     function: str,
     x: jax.Array,
     axes: tuple[int, ...],

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -182,10 +183,32 @@ def check_start(function: str, layer: Any, init: Any, shape: tuple[int, ...], dt
         fail(function, rule, {"smallest": smallest})
 
 
+def warn(function: str, message: str) -> None:
+    """Warn of what Flax's layer does without a word; logged, where warnings are errors: it is no reason to stop."""
+    try:
+        _axes.warn(function, message)
+    except UserWarning as warning:
+        _log_once(str(warning))
+
+
+@cache
+def _log_once(message: str) -> None:
+    logging.getLogger("jaxnorm").warning(message)
+
+
+def by_own(function: str, layer: Any, *, initializing: bool = False, **settings: Any) -> tuple[jax.Array, Moments]:
+    """Normalize by the statistics of the input and its replicas, which need not exist at initialization.
+
+    Nor does the size of the input mean anything then.
+    """
+    replicas: dict[str, Any] = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
+    settings |= {"warn": None} if initializing else {"warn": warn, **replicas}
+    return normalize_array(function, **settings)
+
+
 def normalize(function: str, layer: Any, reduction: Reduction, **settings: Any) -> jax.Array:
     """The output of a layer that normalizes by the statistics of its input, and has no others."""
-    replicas = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    return normalize_array(function, **reduction._asdict(), **replicas, **settings)[0]
+    return by_own(function, layer, **reduction._asdict(), **settings)[0]
 
 
 def batch_norm(
@@ -210,16 +233,16 @@ def batch_norm(
     if layer.momentum is not None:
         _axes.check_number(function, "momentum", layer.momentum, 0.0, 1.0)
     axes, batch = _axes.others(features, x), None
-    replicas = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
     if use_running_average:
         if not initializing:
             warn_if_never_updated(function, running)
         y, _ = normalize_array(function, x, features=features, given=(mean, var), **settings)
         if update:
-            batch = measure_array(function, x, axes, mask, **replicas, near=_axes.expand(mean, features, x.ndim))
+            replicas = (layer.axis_name, layer.axis_index_groups)
+            batch = measure_array(function, x, axes, mask, *replicas, near=_axes.expand(mean, features, x.ndim))
     else:
-        own = {"features": features, "axes": axes, "near": mean, "mask": mask, "initializing": initializing}
-        y, batch = normalize_array(function, x, **own, **replicas, **settings)
+        own = {"x": x, "features": features, "axes": axes, "near": mean, "mask": mask, "initializing": initializing}
+        y, batch = by_own(function, layer, **own, **settings)
     if batch is None:
         return y, None, None
     batch = Moments(*(jax.lax.stop_gradient(_axes.extract(m, features)) for m in batch))
@@ -243,4 +266,4 @@ def warn_if_never_updated(function: str, running: RunningStats) -> None:
             "the running averages in use were never updated, and the input passes almost unchanged;"
             " train with batch statistics and keep the averages, or load them"
         )
-        _axes.warn(function, f"{message}.")
+        warn(function, f"{message}.")

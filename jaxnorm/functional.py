@@ -18,6 +18,7 @@ from jaxnorm._rule import How
 Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
 Adjust = Callable[[Statistics], Statistics]
+Warn = Callable[[str, str], None]
 
 
 def normalize_array(
@@ -40,15 +41,14 @@ def normalize_array(
     residual: Array | None = None,
     invertible: bool = False,
     dtype: Any = None,
-    initializing: bool = False,
+    warn: Warn | None = _axes.warn,
 ) -> tuple[jax.Array, Moments]:
     """Check every argument of ``function``, and normalize by statistics ``given`` or by those over ``axes``.
 
     What the normalizations and the layers call. The moments keep the rank of ``x``. ``near`` is a point for each
-    feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used, and those
-    whose moments are reported. While ``initializing``, replicas need not exist, and the size of the input is no matter.
+    feature, if one is known, that its mean is not far from. ``warn`` is told of ``function`` and what is odd; None
+    where the size of the input means nothing.
     """
-    axis_name, axis_index_groups = (None, None) if initializing else (axis_name, axis_index_groups)
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     weights = _axes.check_mask(function, mask, x)
     scale, bias = (_axes.check_parameter(function, n, v, features, x) for n, v in (("scale", scale), ("bias", bias)))
@@ -71,9 +71,9 @@ def normalize_array(
         )
         center = lax.stop_gradient(mean)
         statistics = Statistics(jnp.ones_like(var), center, mean - center, var)
-    elif centered and not initializing and (adjust is None or isinstance(adjust, ChannelGroups)):
+    elif warn and centered and (adjust is None or isinstance(adjust, ChannelGroups)):
         group = x.shape[adjust.axis] // adjust.num_groups if isinstance(adjust, ChannelGroups) else 1
-        _axes.warn_of_one_value(function, x, how.axes, group, *replicas)
+        _axes.warn_of_one_value(warn, function, x, how.axes, group, *replicas)
     arguments = _engine.Arguments(
         x,
         weights,

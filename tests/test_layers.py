@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
+from jaxnorm import _layers
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -547,9 +548,23 @@ class TestGuards:
         assert warning.filename == __file__
         assert "use_running_average" in linecache.getline(__file__, warning.lineno)
         state = call(state)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(state, use_running_average=True)
+        assert not caught
+
+    def test_warnings_that_are_errors_stop_nothing(self, rng, kind, caplog):
+        """Flax's layers do without a word what these warn of: under ``python -W error`` it is logged, once."""
+        _layers._log_once.cache_clear()
+        make, _, ours = KINDS[kind]
+        layer = make(ours, "BatchNorm", draw(rng), {})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            call(state, use_running_average=True)
+            for _ in range(2):
+                layer.call(draw(rng), use_running_average=True)
+                layer.call(draw(rng)[:1, :1, :1], update_running_average=False)
+        told = [record.getMessage() for record in caplog.records if record.name == "jaxnorm"]
+        assert [what in line for what, line in zip(("never updated", "of one value"), told, strict=True)] == [True] * 2
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("affine", [True, False])
@@ -569,9 +584,10 @@ class TestGuards:
         """A warning, once, that names the layer; none at initialization; and the output is what Flax gives."""
         x = draw(rng)[:1, :1, :1]
         make, theirs, ours = KINDS[kind]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             layers = [make(module, "BatchNorm", x, {}) for module in (ours, theirs)]
+        assert not caught
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             y, expected = ([layer.call(x) for _ in range(3)][-1] for layer in layers)
@@ -756,7 +772,7 @@ def test_weight_decay_is_kept_from_what_does_not_train(rng, kind):
         model = flax.linen.Sequential([flax.linen.Dense(8), norm, free])
         variables = model.init(jax.random.key(0), x)
         params, mask = variables["params"], jaxnorm.linen.trainable_mask(model, variables, x)
-        gradient = jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x))))(params)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x)))))(params)
     else:
         rngs = nnx.Rngs(0)
         norm, free = jaxnorm.nnx.LayerNorm(8, trainable=False, rngs=rngs), jaxnorm.nnx.RMSNorm(8, rngs=rngs)
@@ -826,7 +842,7 @@ def test_a_module_as_activation(rng, kind, name):
         return jnp.sum(layer.call(x))
 
     if kind == "linen":
-        slope = jax.grad(loss)(layer.variables["params"])["activation"]["negative_slope"]
+        slope = jax.jit(jax.grad(loss))(layer.variables["params"])["activation"]["negative_slope"]
     else:
         slope = nnx.grad(loss)(layer.layer)["activation"]["negative_slope"][...]
     np.testing.assert_allclose(slope, np.minimum(np.asarray(plain.call(x), np.float64), 0).sum(), rtol=1e-5)
