@@ -33,11 +33,15 @@ def is_zero(tangent: Any) -> bool:
 def by_platform(*args: Any, differentiated: bool, default: Function, **platforms: Function) -> Any:
     """What ``platforms`` have for the platform that the program is compiled for, of ``args``.
 
-    Of what nobody differentiates, for the platform at hand: converters of jaxprs do not know of platforms.
+    Of what nobody differentiates, for the platform that is known while tracing, that of the mesh or the default one:
+    converters of jaxprs do not know of platforms.
     """
     if differentiated:
         return lax.platform_dependent(*args, default=default, **platforms)
-    return platforms.get(jax.default_backend(), default)(*args)
+    meshes = (jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
+    devices = [d for d in (getattr(m, "abstract_device", None) for m in meshes) if d is not None]
+    platform = devices[0].platform if devices else jax.default_backend()
+    return platforms.get(platform, default)(*args)
 
 
 def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
