@@ -10,16 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from flax import linen as nn
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from jaxnorm.training._failure import Failure
 from jaxnorm.training._functions import is_moments
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def network_table(model: nn.Module, image_shape: tuple[int, ...]) -> Table:
@@ -143,7 +140,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     Test images are normalized in two ways: by the running averages, as in use, and by their own batch's statistics, as
     in training. Where the curves part, the averages are stale, or batches too small.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure = Figure(figsize=(11, 7), layout="constrained")  # not pyplot's, whose backend is the caller's to choose
+    axes = figure.subplots(2, 2)
     loss, accuracy, rate, drifts = axes.flat
     train = [r for r in records if r["kind"] == "train"]
     test = [r for r in records if r["kind"] == "epoch"]
@@ -168,4 +166,3 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         a.grid(alpha=0.3)
     with _writing(path):
         figure.savefig(path, dpi=110)
-    plt.close(figure)
