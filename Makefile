@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test test-all lint format test-newest test-oldest clean
+.PHONY: train test test-all test-slow lint format test-newest test-oldest clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m jaxnorm.training $(ARGS)
@@ -19,6 +19,9 @@ test: $(INSTALLED)
 # The slow ones too: every combination of settings, processes that are killed, the notebooks.
 test-all: $(INSTALLED)
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
