@@ -46,8 +46,9 @@ def normalize_array(
     """Check every argument of ``function``, and normalize by statistics ``given`` or by those over ``axes``.
 
     What the normalizations and the layers call. The moments keep the rank of ``x``. ``near`` is a point for each
-    feature, if one is known, that its mean is not far from. ``warn`` is told of ``function`` and what is odd; None
-    where the size of the input means nothing.
+    feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used, and those
+    whose moments are reported. ``warn`` is told of ``function`` and what is odd; None where the size of the input means
+    nothing.
     """
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     weights = _axes.check_mask(function, mask, x)
