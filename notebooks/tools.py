@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown
 
 FULL = os.environ.get("FULL") == "1"
-"""Whether to reproduce what is stored. Otherwise fewer seeds and sizes, in well under a minute, as the tests run them."""
+"""Whether to reproduce what is stored. Otherwise fewer seeds and sizes, as the tests run them."""
 
 COLORS = {
     "none": "#7f7f7f",
@@ -82,5 +82,6 @@ def verdicts(*rows: tuple[str, str, str]) -> Markdown:
     """
     for claim, _, verdict in rows:
         if claim not in CLAIMS or verdict not in VERDICTS:
-            raise ValueError(f"verdicts: a claim of {list(CLAIMS)} and a verdict of {VERDICTS}; got {claim!r}, {verdict!r}.")
+            expected = f"a claim of {list(CLAIMS)} and a verdict of {VERDICTS}"
+            raise ValueError(f"verdicts: a row must be {expected}; got {claim!r}, {verdict!r}.")
     return table(("claim", "", "measured here", "verdict"), [(c, CLAIMS[c], figures, v) for c, figures, v in rows])
