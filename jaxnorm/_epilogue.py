@@ -94,6 +94,8 @@ def hoist(function: Function, *example: Any) -> tuple[Function, tuple[jax.Array,
     """
     if function in STATELESS:
         return function, ()
+    if isinstance(function, InvertibleActivation):  # a tuple, to which jax cannot keep a weak reference
+        function = function.forward
     converted, closed_over = jax.closure_convert(function, *example)
     return converted, tuple(closed_over)
 

@@ -86,8 +86,11 @@ class Program:
     def bodies(self, step: Step) -> list["Program"]:
         """The programs that a loop or a choice runs, each by itself."""
         if step.name == "scan":
-            carried = range(step.params["num_consts"], step.params["num_consts"] + step.params["num_carry"])
             closed, given = [step.params["jaxpr"]], step.inputs
+            # in the order constants, carries, slices: told apart by rank, since their numbers have other names in newer jax
+            sliced = sum(v.aval.ndim > a.ndim for v, a in zip(given, closed[0].in_avals, strict=True))
+            kept = sum(v.aval.ndim == a.ndim for v, a in zip(step.outputs, closed[0].out_avals, strict=True))
+            carried = range(len(given) - sliced - kept, len(given) - sliced)
         elif step.name == "cond":
             carried, closed, given = range(0), step.params["branches"], step.inputs[1:]
         else:

@@ -121,7 +121,8 @@ def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
     """Sums over the examples, from which any number of batches give their mean loss and accuracy."""
     chex.assert_equal_shape_prefix([logits, batch["label"], batch["mask"]], 1)
     weight = batch["mask"].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    # not ..._with_integer_labels, whose gradient scatters, which a mesh with explicit axes refuses
+    losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], logits.shape[-1]))
     correct = jnp.argmax(logits, -1) == batch["label"]
     return {"loss": jnp.sum(weight * losses), "correct": jnp.sum(weight * correct), "count": jnp.sum(weight)}
 
