@@ -33,7 +33,7 @@ _policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 
 
 def save_statistics(primitive: Any, *avals: Any, **params: Any) -> Any:
-    """A policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``: keeps statistics, and outputs of the invertible mode.
+    """A policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``: keeps statistics, and invertible outputs.
 
     All else is computed again, but no reduction and no collective.
 

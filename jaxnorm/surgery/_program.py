@@ -87,7 +87,7 @@ class Program:
         """The programs that a loop or a choice runs, each by itself."""
         if step.name == "scan":
             closed, given = [step.params["jaxpr"]], step.inputs
-            # in the order constants, carries, slices: told apart by rank, since their numbers have other names in newer jax
+            # constants, carries, slices: told apart by rank, since newer jax has other names for their numbers
             sliced = sum(v.aval.ndim > a.ndim for v, a in zip(given, closed[0].in_avals, strict=True))
             kept = sum(v.aval.ndim == a.ndim for v, a in zip(step.outputs, closed[0].out_avals, strict=True))
             carried = range(len(given) - sliced - kept, len(given) - sliced)
