@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def test_resumed_is_the_same_in_every_bit(trained):
     (folder / "12").rename(folder / "aside")
     again, history_again = script.train(folder, model=small(script), devices=jax.devices()[:1], **SHORT)
     assert history_again == history
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), state)
+    chex.assert_trees_all_equal(jax.device_get(again), state)
 
 
 def test_the_module_of_nnx_has_what_was_trained(trained):

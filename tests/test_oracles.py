@@ -1,10 +1,12 @@
 """All five normalizations against NumPy float64 and PyTorch: outputs, gradients, running averages; and identities."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from absl.testing import parameterized
 from checks import assert_close, compile_as_written, compile_quickly, pairwise, tolerance
 
 import jaxnorm
@@ -89,6 +91,20 @@ def test_against_numpy(rng, norm, layout, mask):
     expected = oracles.gradients(x, cotangent, labels, features, scale, epsilon, weights, centered)
     for name, a, e in zip(("x", "scale", "bias"), grads, expected, strict=False):
         assert_close(a, e, max(size, x.size // scale.size), np.abs(cotangent).max() * np.abs(scale).max(), what=name)
+
+
+class TestCalls(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @parameterized.parameters(*NORMS)
+    def test_called(self, norm):
+        """Compiled or not, on arrays of jax's or of NumPy's."""
+        rng, shape = np.random.default_rng(0), (6, 5, 4)
+        x, scale, bias = (rng.standard_normal(s).astype(np.float32) for s in (shape, (4,), (4,)))
+        y = self.variant(lambda x, scale, bias: apply(norm, x, scale, bias, -1, 2, epsilon=0.1))(x, scale, bias)
+        labels, features = oracles.labels_of(norm, shape, num_groups=2), oracles.features_of(shape)
+        bias, centered = (None, False) if norm == "rms" else (bias, True)
+        expected = oracles.normalize(x, labels, features, scale, bias, 0.1, None, centered)
+        assert_close(y, expected, np.bincount(labels).max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

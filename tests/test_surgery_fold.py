@@ -4,6 +4,7 @@ import sys
 import textwrap
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -327,7 +328,7 @@ def test_folding_within_jit(rng):
 
     folded = surgery.fold(apply, v, x)
     within = jax.jit(lambda v: surgery.fold(apply, v, x).variables)(v)
-    jax.tree.map(np.testing.assert_array_equal, folded.variables, within)
+    chex.assert_trees_all_equal(folded.variables, within)
     assert sorted(within) == ["shift", "w"]
 
 

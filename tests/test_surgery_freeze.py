@@ -1,8 +1,8 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -12,9 +12,7 @@ from networks import LinenResNet, NNXConv, NNXResNet, images, linen_network, nnx
 from jaxnorm import linen, surgery
 from jaxnorm import nnx as jaxnorm_nnx
 
-
-def equal(a, b):
-    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), a, b)
+equal = partial(chex.assert_trees_all_equal, strict=True)
 
 
 class Block(nn.Module):

@@ -1,5 +1,6 @@
 """What the training program is made of: optimizers, steps on meshes by both roads, networks, recalibration."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,7 +155,30 @@ def test_bfloat16_keeps_parameters_and_averages_in_float32():
     step = training.make_train_step(model, optimizer, mesh)
     state, metrics = step(state, training.shard_batch(batch, mesh))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((state.params, state.batch_stats)))
-    assert np.isfinite(metrics["loss"])
+    chex.assert_tree_all_finite((state, metrics))
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_step_is_traced_once(road):
+    """Whatever the batches hold: eight of them, of which the fourth and the eighth are partial."""
+    chex.clear_trace_counter()
+    optimizer = optax.sgd(0.02)
+    optimizer = optimizer._replace(update=chex.assert_max_traces(optimizer.update, n=1))
+    run(training.CNN(widths=(8,)), 4, road, optimizer=optimizer, steps=8)
+
+
+def test_logits_have_one_axis_more_than_labels():
+    mesh, optimizer = mesh_of(1), optax.sgd(0.1)
+
+    class Stacked(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, mask=None):
+            return training.MLP(widths=(8,))(x, train=train, mask=mask)[:, None]
+
+    state = training.init_state(Stacked(), optimizer, (8, 8, 1), seed=0, mesh=mesh)
+    (batch,) = training.batches(part_of_digits(64), 64)
+    with pytest.raises(AssertionError, match=r"has rank 3 \(shape \(64, 1, 10\)\) but expected 2"):
+        training.make_train_step(Stacked(), optimizer, mesh)(state, training.shard_batch(batch, mesh))
 
 
 def test_padding_of_the_last_batch_changes_nothing():
@@ -322,7 +346,7 @@ def test_recalibration_repairs_averages_that_are_not_finite(small):
     batches = list(training.batches(part_of_digits(64), 64))
     poisoned = state._replace(batch_stats=jax.tree.map(lambda a: a * np.nan, state.batch_stats))
     actual, expected = (recalibrated(small, batches, s) for s in (poisoned, state))
-    jax.tree.map(np.testing.assert_array_equal, actual.batch_stats, expected.batch_stats)
+    chex.assert_trees_all_equal(actual.batch_stats, expected.batch_stats)
 
 
 def test_recalibration_refuses_what_it_cannot_measure(small):

@@ -17,6 +17,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,7 +213,7 @@ def test_signals_lose_nothing(undisturbed, tmp_path, monkeypatch, capfd):
     when.clear()
     run_here(*TINY, "--out", tmp_path, "--resume")
     assert records_in(tmp_path) == records_in(undisturbed)
-    jax.tree.map(np.testing.assert_array_equal, state_in(tmp_path), state_in(undisturbed))
+    chex.assert_trees_all_equal(state_in(tmp_path), state_in(undisturbed))
 
 
 def test_metrics_are_never_erased(undisturbed, tmp_path, caplog):
@@ -321,7 +322,7 @@ def test_where_the_last_checkpoint_is_damaged_the_one_before_is_used(undisturbed
     assert f"going on from {run / 'checkpoints' / '10'}" in caplog.text or "going on from" in caplog.text
     assert (run / "checkpoints" / "12.damaged").is_dir()
     assert records_in(run) == records_in(undisturbed)
-    jax.tree.map(np.testing.assert_array_equal, state_in(run), state_in(undisturbed))
+    chex.assert_trees_all_equal(state_in(run), state_in(undisturbed))
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):
@@ -415,7 +416,7 @@ def test_checkpoints_keep_the_best_and_the_last_two(tmp_path):
         restored, record = checkpoints.restore(state)
     assert record == {"epochs": 4}
     assert restored.step == 4
-    jax.tree.map(np.testing.assert_array_equal, restored[1:], state[1:])
+    chex.assert_trees_all_equal(restored[1:], state[1:])
 
 
 def test_drift_is_the_distance_in_deviations():

@@ -119,6 +119,7 @@ def all_finite(state: Any) -> jax.Array:
 
 def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
     """Sums over the examples, from which any number of batches give their mean loss and accuracy."""
+    chex.assert_rank(logits, 2)
     chex.assert_equal_shape_prefix([logits, batch["label"], batch["mask"]], 1)
     weight = batch["mask"].astype(jnp.float32)
     # not ..._with_integer_labels, whose gradient scatters, which a mesh with explicit axes refuses
