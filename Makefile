@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test test-all test-slow lint format test-newest test-oldest clean
+.PHONY: train test test-all test-slow lint format package test-newest test-oldest clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m jaxnorm.training $(ARGS)
@@ -31,6 +31,13 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# dist/: the source distribution, and the wheel made from it; both checked.
+package: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.
 test-newest: .venv-newest/installed
