@@ -146,7 +146,7 @@ def standardize(
       UserWarning: every statistic is of one value, which is normalized to zero whatever it is.
 
     Example:
-      A normalization by the root of half the variance:
+      A normalization by half the deviation:
 
       >>> import jax.numpy as jnp, jaxnorm
       >>> x = jnp.array([[1.0], [3.0]])
@@ -217,7 +217,10 @@ def batch_norm(
 
     Raises:
       TypeError: an integer array, or an argument of the wrong type.
-      ValueError: an argument that does not fit, or one value per feature, whose variance is zero whatever it is.
+      ValueError: an argument that does not fit.
+
+    Warns:
+      UserWarning: one value per feature, which is normalized to zero whatever it is.
 
     Example:
       >>> import jax.numpy as jnp, jaxnorm
