@@ -106,7 +106,7 @@ def sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     free = [a for a in free if a != last]
     starts, strides = [0] * x.ndim, [1] * x.ndim
     for a in free:
-        stride, positions = (round(n ** (1 / len(free))) for n in (STRIDE, 4))
+        stride, positions = int(STRIDE ** (1 / len(free))), math.ceil(4 ** (1 / len(free)))
         strides[a] = max(1, min(stride, x.shape[a] // positions))
         starts[a] = min(strides[a] // 2, (x.shape[a] - 1) % strides[a])
     return lax.slice(x, starts, x.shape, strides) if free else x

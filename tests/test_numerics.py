@@ -134,6 +134,15 @@ def test_half_precision_is_one_rounding(rng, dtype, mean, std):
     np.testing.assert_allclose(batch.var, var[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("axes", range(1, 7))
+@pytest.mark.parametrize("size", [2, 4, 9, 40])
+def test_a_sample_is_as_large_as_it_says(axes, size):
+    """One position in `STRIDE`, and four of them at least, where there are so many."""
+    x = jax.ShapeDtypeStruct((2, *(size,) * axes, 3), jnp.float32)
+    positions = jax.eval_shape(lambda x: sample(x, tuple(range(1 + axes))), x).size // 6
+    assert positions >= max(size**axes / STRIDE, min(4, size**axes))
+
+
 @pytest.mark.parametrize("outlier", [1e3, 1e6])
 def test_slice_unlike_the_rest(rng, outlier):
     """The bound holds for any data: here the slice that gives the center is far from everything else."""
