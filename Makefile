@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test test-all test-slow lint format package test-newest test-oldest clean
+.PHONY: train test test-all test-slow lint format docs package test-newest test-oldest clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m jaxnorm.training $(ARGS)
@@ -39,6 +39,11 @@ package: $(INSTALLED)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 
+# docs/_build/html: the documentation, warnings being errors; then its links, and that it loads nothing from elsewhere.
+docs: $(VENV)/documents
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python docs/check.py docs/_build/html
+
 # The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python $(PYTEST) -m "not slow" $(ARGS)
@@ -49,6 +54,10 @@ test-oldest: .venv-oldest/installed
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --editable ".[dev]"
+	touch $@
+
+$(VENV)/documents: $(INSTALLED)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --editable ".[docs]"
 	touch $@
 
 .venv-newest/installed: pyproject.toml
@@ -62,4 +71,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-newest .venv-oldest docs/_build docs/notebooks

@@ -13,7 +13,7 @@ from jaxnorm import linen, surgery
 from jaxnorm import nnx as jaxnorm_nnx
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-DOCS = Path(__file__).parent.parent / "docs" / "surgery.md"
+DOCS = Path(__file__).parent.parent / "docs" / "conventions.md"
 
 
 def tables():

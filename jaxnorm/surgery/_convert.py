@@ -67,7 +67,7 @@ CONVENTIONS = {
         *("momentum", "old", "epsilon", False, False, 0.99, (1e-3, 1e-3, 1e-3, None, 1e-6)),
     ),
 }
-"""The same for all users; docs/surgery.md has it as a table."""
+"""The same for all users; docs/conventions.md has it as a table."""
 
 
 class Converted(NamedTuple):

@@ -1,0 +1,128 @@
+"""The documentation: Markdown, notebooks as they are stored, and the API from its docstrings.
+
+``make docs`` builds it. Nothing is loaded from elsewhere when a page is read, and nothing is executed but imports.
+"""
+
+import inspect
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT)]
+
+import docstrings  # noqa: E402
+import tables  # noqa: E402
+
+import jaxnorm  # noqa: E402
+
+project = "jaxnorm"
+author = "The jaxnorm developers"
+copyright = author
+version = release = jaxnorm.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx-mathjax-offline",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!jaxnorm).*")]  # what other libraries define has no page here
+default_role = "py:obj"  # `name` in a docstring
+suppress_warnings = ["toc.empty_glob"]  # of a folder without pages
+
+# Pages and notebooks -------------------------------------------------------------------------------------------------
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the tests execute them; their outputs are stored
+nb_merge_streams = True
+
+# The API from docstrings ---------------------------------------------------------------------------------------------
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # docstrings say shapes, dtypes and units, which types do not
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Attributes", "params_style")]  # a field is described once, with its class
+napoleon_attr_annotations = False
+napoleon_use_rtype = False
+python_use_unqualified_type_names = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+# Look ----------------------------------------------------------------------------------------------------------------
+
+html_theme = "sphinx_book_theme"
+html_title = "jaxnorm"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = html_show_sourcelink = False
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+
+
+class Made(SphinxDirective):
+    """Markdown made by a function of `tables` from the files that it reads: ``{verdicts}``, ``{results} FILE``."""
+
+    optional_arguments = 1
+
+    def run(self):
+        """Parse what is made where the directive stands."""
+        text, sources = getattr(tables, self.name)(ROOT, *self.arguments)
+        for source in sources:
+            self.env.note_dependency(str(source))
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+def inherit_fields(app, what, name, obj, options, lines) -> None:
+    """Describe all fields of a class with the class."""
+    if what == "class":
+        lines[:] = docstrings.with_inherited_fields(obj, "\n".join(lines)).split("\n")
+
+
+def shorten(app, what, name, obj, options, signature, returned):
+    """Write the arguments of a class and their defaults as one would by hand."""
+    if what == "class" and signature == "(*args, **kwargs)":  # the metaclass of NNX hides them
+        arguments = list(inspect.signature(obj.__init__).parameters.values())[1:]
+        signature = stringify_signature(inspect.Signature(arguments), show_annotation=False)
+    return docstrings.shortened(signature or "") or None, returned
+
+
+def copy_notebooks() -> None:
+    """Put the notebooks where Sphinx looks for pages; as old as they are, so that it reads only those that changed."""
+    shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
+    (DOCS / "notebooks").mkdir()
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy2(notebook, DOCS / "notebooks")
+
+
+def link_notebooks(app, docname, source) -> None:
+    """Let a link to a notebook that works in the repository work on the site."""
+    source[0] = re.sub(r"(\]\(|\]: *)\.\./((?:\.\./)*)notebooks/", r"\1\2notebooks/", source[0])
+
+
+def setup(app):
+    """What Sphinx calls."""
+    copy_notebooks()
+    for name in ("results", "verdicts"):
+        app.add_directive(name, Made)
+    app.connect("source-read", link_notebooks)
+    app.connect("autodoc-process-docstring", inherit_fields, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,95 @@
+"""Tables of the documentation that are made from stored files: each function gives Markdown, and what it has read."""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+COLORS = {"holds": "success", "holds under conditions": "warning", "contradicted": "danger"}
+"""How a verdict is shown."""
+
+
+class Verdict(NamedTuple):
+    """What a notebook says of a claim."""
+
+    notebook: Path
+    claim: str
+    figures: str
+    verdict: str
+
+
+def claims(root: Path) -> dict[str, str]:
+    """The claims of the notebooks, in their order; read, not imported, which would take all that notebooks need."""
+    for node in ast.parse((root / "notebooks" / "tools.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CLAIMS":
+            return ast.literal_eval(node.value)
+    raise ValueError("notebooks/tools.py has no CLAIMS.")
+
+
+def decided(notebook: Path) -> Iterator[Verdict]:
+    """The verdicts in the stored outputs of a notebook."""
+    for cell in json.loads(notebook.read_text())["cells"]:
+        for output in cell.get("outputs", []):
+            lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
+            if lines and lines[0] == "| claim |  | measured here | verdict |":
+                for line in lines[2:]:
+                    claim, _, rest = line.strip("| ").split(" | ", 2)
+                    yield Verdict(notebook, claim, *rest.rsplit(" | ", 1))
+
+
+def verdicts(root: Path) -> tuple[str, list[Path]]:
+    """Every claim in order: in one table, then with what each notebook measured of it."""
+    notebooks = sorted((root / "notebooks").glob("*.ipynb"))
+    found = [verdict for notebook in notebooks for verdict in decided(notebook)]
+    overview, lines = ["| claim | verdict |", "|---|---|"], []
+    for claim, text in claims(root).items():
+        rows = [v for v in found if v.claim == claim]
+        badges = dict.fromkeys(badge(v.verdict) for v in rows)
+        overview.append(f"| [{text}](#claim-{claim}) | {' '.join(badges)} |")
+        lines += [f"(claim-{claim})=", "", f"## {text[0].upper()}{text[1:]}", ""]
+        if not rows:
+            lines += ["Not decided by a notebook.", ""]
+            continue
+        lines += ["| verdict | measured here | notebook |", "|---|---|---|"]
+        for v in rows:
+            link = f"[{title(v.notebook)}](notebooks/{v.notebook.name})"
+            lines.append(f"| {badge(v.verdict)} | {v.figures} | {link} |")
+        lines.append("")
+    return "\n".join([*overview, "", *lines]), [root / "notebooks" / "tools.py", *notebooks]
+
+
+def badge(verdict: str) -> str:
+    """A verdict in its color."""
+    return f"{{bdg-{COLORS[verdict]}}}`{verdict}`"
+
+
+def title(notebook: Path) -> str:
+    """The number of a notebook and its first heading."""
+    text = "".join(json.loads(notebook.read_text())["cells"][0]["source"])
+    return f"{notebook.name[:2]}, {text.splitlines()[0].lstrip('# ')}"
+
+
+def results(root: Path, name: str) -> tuple[str, list[Path]]:
+    """All rows of a file of ``benchmarks/results``, one table for those that have the same columns."""
+    path = root / "benchmarks" / "results" / name
+    by_columns: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    for row in map(flat, json.loads(path.read_text())["rows"]):
+        by_columns.setdefault(tuple(row), []).append(row)
+    lines = []
+    for columns, rows in by_columns.items():
+        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
+        lines.append("")
+    return "\n".join(lines), [path]
+
+
+def flat(row: dict[str, object]) -> dict[str, object]:
+    """A row with one level: ``{"a": {"b": 1}}`` becomes ``{"a: b": 1}``; what is empty is left out."""
+    result: dict[str, object] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            result |= {f"{key}: {k}": v for k, v in flat(value).items()}
+        else:
+            result[key] = value
+    return result
