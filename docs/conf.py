@@ -9,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from sphinx.util.docutils import SphinxDirective
 from sphinx.util.inspect import stringify_signature
 
 DOCS = Path(__file__).parent
@@ -71,23 +70,23 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
+    "navbar_persistent": [],
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
 
 
-class Made(SphinxDirective):
-    """Markdown made by a function of `tables` from the files that it reads: ``{verdicts}``, ``{results} FILE``."""
+def fill(app, docname, source) -> None:
+    """Put tables made from stored files in the place of the fences ``{verdicts}`` and ``{results} FILE``."""
 
-    optional_arguments = 1
+    def made(fence: re.Match[str]) -> str:
+        text, read = getattr(tables, fence[1])(ROOT, *fence[2].split())
+        for path in read:
+            app.env.note_dependency(path)
+        return text
 
-    def run(self):
-        """Parse what is made where the directive stands."""
-        text, sources = getattr(tables, self.name)(ROOT, *self.arguments)
-        for source in sources:
-            self.env.note_dependency(str(source))
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
+    source[0] = re.sub(r"^```\{(results|verdicts)\}(.*)\n```$", made, source[0], flags=re.MULTILINE)
 
 
 def inherit_fields(app, what, name, obj, options, lines) -> None:
@@ -112,17 +111,20 @@ def copy_notebooks() -> None:
         shutil.copy2(notebook, DOCS / "notebooks")
 
 
-def link_notebooks(app, docname, source) -> None:
-    """Let a link to a notebook that works in the repository work on the site."""
-    source[0] = re.sub(r"(\]\(|\]: *)\.\./((?:\.\./)*)notebooks/", r"\1\2notebooks/", source[0])
+def link(app, docname, source) -> None:
+    """Let links that work in the repository work on the site: to notebooks and from them, and to Markdown elsewhere."""
+    up = "../" * docname.count("/")
+    text = source[0].replace(f"]({up}../notebooks/", f"]({up}notebooks/")
+    if docname.startswith("notebooks/"):
+        text = re.sub(r"\]\(\.\./(docs/)?", lambda found: "](../" if found[1] else "](../../", text)
+    source[0] = re.sub(rf"\]\(({re.escape(up)}\.\./(?!\.\.)[^)#]+\.md)\)", r"](path:\1)", text)
 
 
 def setup(app):
     """What Sphinx calls."""
     copy_notebooks()
-    for name in ("results", "verdicts"):
-        app.add_directive(name, Made)
-    app.connect("source-read", link_notebooks)
+    app.connect("source-read", fill)
+    app.connect("source-read", link)
     app.connect("autodoc-process-docstring", inherit_fields, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}

@@ -53,7 +53,7 @@ def verdicts(root: Path) -> tuple[str, list[Path]]:
             continue
         lines += ["| verdict | measured here | notebook |", "|---|---|---|"]
         for v in rows:
-            link = f"[{title(v.notebook)}](notebooks/{v.notebook.name})"
+            link = f"[{v.notebook.name[:2]}](notebooks/{v.notebook.name})"
             lines.append(f"| {badge(v.verdict)} | {v.figures} | {link} |")
         lines.append("")
     return "\n".join([*overview, "", *lines]), [root / "notebooks" / "tools.py", *notebooks]
@@ -62,12 +62,6 @@ def verdicts(root: Path) -> tuple[str, list[Path]]:
 def badge(verdict: str) -> str:
     """A verdict in its color."""
     return f"{{bdg-{COLORS[verdict]}}}`{verdict}`"
-
-
-def title(notebook: Path) -> str:
-    """The number of a notebook and its first heading."""
-    text = "".join(json.loads(notebook.read_text())["cells"][0]["source"])
-    return f"{notebook.name[:2]}, {text.splitlines()[0].lstrip('# ')}"
 
 
 def results(root: Path, name: str) -> tuple[str, list[Path]]:

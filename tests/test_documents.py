@@ -143,14 +143,15 @@ def test_verdicts_are_read_from_what_notebooks_show(tmp_path):
     (tmp_path / "notebooks" / "tools.py").write_text('CLAIMS = {"b": "it helps", "a": "it hurts", "c": "it costs"}\n')
     rows = "| a | it hurts | loss | 2 | against | 1 | | contradicted |\n| b | it helps | 0.9 | holds |"
     shown = {"data": {"text/markdown": f"| claim |  | measured here | verdict |\n| --- | --- | --- | --- |\n{rows}"}}
-    cells = [{"source": "# What helps\n"}, {"source": "x", "outputs": [{"text": "| claim"}, shown]}]
+    cells = [{"source": "# What helps"}, {"source": "x", "outputs": [{"text": "| claim"}, shown]}]
     notebook = tmp_path / "notebooks" / "02_what.ipynb"
     notebook.write_text(json.dumps({"cells": cells}))
     text, sources = tables.verdicts(tmp_path)
     assert notebook in sources
-    helps, hurts, costs = text.split("(claim-")[1:]
+    overview, helps, hurts, costs = text.split("(claim-")
+    assert "| [it helps](#claim-b) | {bdg-success}`holds` |" in overview
     assert "## It helps" in helps
-    assert "| {bdg-success}`holds` | 0.9 | [02, What helps](notebooks/02_what.ipynb) |" in helps
+    assert "| {bdg-success}`holds` | 0.9 | [02](notebooks/02_what.ipynb) |" in helps
     assert "| {bdg-danger}`contradicted` | loss | 2 | against | 1 | | [02" in hurts
     assert "Not decided" in costs
 
