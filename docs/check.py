@@ -3,6 +3,7 @@
 python docs/check.py docs/_build/html
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ class Page(HTMLParser):
 
 def faults(site: Path) -> Iterator[str]:
     """What is wrong with ``site``, a line each."""
-    pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.parts}
+    site = site.resolve()
+    pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.relative_to(site).parts}
     for path, page in pages.items():
         where = path.relative_to(site)
         for target in [*page.links, *page.loaded]:
@@ -51,13 +53,11 @@ def faults(site: Path) -> Iterator[str]:
                 if target in page.loaded and parts.scheme != "data":
                     yield f"{where}: loads {target}"
                 continue
-            file = (path.parent / unquote(parts.path)).resolve() if parts.path else path.resolve()
-            if not file.exists():
+            file = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
+            if file not in pages and not file.exists():
                 yield f"{where}: dead link {target}"
-            elif parts.fragment and file.suffix == ".html" and "_static" not in file.parts:
-                found = next(p for f, p in pages.items() if f.resolve() == file)
-                if unquote(parts.fragment) not in found.anchors:
-                    yield f"{where}: dead anchor {target}"
+            elif parts.fragment and file in pages and unquote(parts.fragment) not in pages[file].anchors:
+                yield f"{where}: dead anchor {target}"
     for path in sorted(site.rglob("*.css")):
         if IN_CSS.search(path.read_text(encoding="utf-8")):
             yield f"{path.relative_to(site)}: loads from elsewhere"
