@@ -26,7 +26,7 @@ def with_inherited_fields(cls: type, document: str) -> str:
         return document
     block = f"{heading}:\n{''.join(described.values())}\n"
     if own:
-        return document[: own.start()] + block + document[own.end() :]
+        return document[: own.start()] + block + document[own.end() :].lstrip("\n")
     before, example, after = document.partition("Example:\n")
     return f"{before.rstrip()}\n\n{block}{example}{after}"
 

@@ -88,7 +88,7 @@ class Public(_Base):
       **settings: all else.
 
     Example:
-      >>> Public()
+      Public()
     """
 
 
@@ -96,7 +96,7 @@ class Bare(_Base):
     """Bare.
 
     Example:
-      >>> Bare()
+      Bare()
     """
 
 
@@ -104,7 +104,7 @@ def test_fields_of_private_bases_are_shown(monkeypatch):
     monkeypatch.setattr(_Base, "__module__", "jaxnorm.somewhere")
     both = [docstrings.with_inherited_fields(cls, inspect.cleandoc(cls.__doc__)) for cls in (Public, Bare)]
     epsilon = "  epsilon: added,\n    under the root.\n"
-    example = "\nExample:\n  >>> {}()"
+    example = "\nExample:\n  {}()"
     assert both == [
         f"Public.\n\nArgs:\n  axis: which of two.\n  **settings: all else.\n{epsilon}" + example.format("Public"),
         f"Bare.\n\nArgs:\n  axis: which.\n{epsilon}" + example.format("Bare"),
