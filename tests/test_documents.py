@@ -246,3 +246,13 @@ def test_check_finds_what_is_wrong_with_a_site(tmp_path):
     (tmp_path / "a.html").write_text("")
     (tmp_path / "s.css").write_text("@import 'https://example.org/a.css'")
     assert list(check.faults(tmp_path)) == ["s.css: loads from elsewhere"]
+
+
+def test_the_table_of_accuracy_is_the_results():
+    found, (header, *rows) = (
+        results("accuracy"),
+        [["κ", *results("accuracy")["largest error"]], *rows_of("benchmarks.md", "κ")],
+    )
+    for i, row in enumerate(rows):
+        assert row == [f"{found['kappa'][i]:g}", *(f"{found['largest error'][name][i]:.1e}" for name in header[1:])]
+    assert len(rows) == len(found["kappa"])
