@@ -1,9 +1,11 @@
 """Other norms in the place of those of a model."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
@@ -25,15 +27,15 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
     """Run Linen models with other norms, with no change to their code, around ``init`` and ``apply``.
 
     Without ``into``, Flax's norms become ours, of the same variables. With it, all norms chosen become that one; what
-    the two have in common, settings and parameters, is carried over. It acts while a function is traced: what
-    ``jax.jit`` has compiled before stays as it was.
+    the two have in common, settings, parameters and running averages, is carried over. It acts while a function is
+    traced: what ``jax.jit`` has compiled before stays as it was.
 
     Args:
       into: a norm of `jaxnorm.linen`, or any module whose parameters of the same name mean the same; None for ours of
         the same name as Flax's.
       where: a regular expression that matches the whole path of a norm, as in "Block_[01]/.*"; a function of the path;
         or None for all.
-      **settings: attributes of the new norms.
+      **settings: attributes of the new norms, and arguments of their calls, as ``domain`` of `linen.SplitBatchNorm`.
 
     Yields:
       The paths of the norms swapped so far.
@@ -53,6 +55,11 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
     """
     choose, seen = chosen(where), []
     kinds = tuple(FLAX_LINEN) if into is None else LINEN
+    inputs: dict[str, Any] = {}
+    if into is not None:
+        own = accepted(into, settings)
+        inputs = {name: value for name, value in accepted(into.__call__, settings).items() if name not in own}
+    attributes = {name: value for name, value in settings.items() if name not in inputs}
 
     def interceptor(next_function, args, kwargs, context):
         module = context.module
@@ -62,11 +69,11 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
             return next_function(*args, **kwargs)
         seen.extend([] if path in seen else [path])
         new = FLAX_LINEN[type(module)] if into is None else into
-        fields = accepted(new, linen_fields(module)) | settings
+        fields = accepted(new, linen_fields(module)) | attributes
         given = call_arguments(type(module).__call__, (module, *args), kwargs)
         del given["self"]
         norm: Any = new(**fields, parent=module.scope.rewound())
-        return norm(given.pop("x"), **accepted(new.__call__, given))
+        return norm(given.pop("x"), **accepted(new.__call__, given), **inputs)
 
     with nn.intercept_methods(interceptor):
         yield seen
@@ -76,7 +83,8 @@ def swap(model: nnx.Module, into: type[nnx.Module] | None = None, *, where: Wher
     """Put other norms in the place of those of an NNX module, in place.
 
     Without ``into``, Flax's norms become ours. With it, all norms chosen become that one. Settings and variables that
-    the two have in common are carried over; the variables are the same objects.
+    the two have in common are carried over; the variables are the same objects. Where there is one for each domain,
+    each begins with what there was for all.
 
     Args:
       model: the module; a norm by itself becomes another.
@@ -110,7 +118,9 @@ def swap(model: nnx.Module, into: type[nnx.Module] | None = None, *, where: Wher
         paths.append(path)
         made = _make(new, old, settings)
         for name, value in vars(old).items():
-            if isinstance(value, nnx.Variable) and isinstance(vars(made).get(name), nnx.Variable):
+            own = vars(made).get(name)
+            if isinstance(value, nnx.Variable) and isinstance(own, nnx.Variable):
+                _give_to_all(value, own, getattr(made, "num_features", None))
                 setattr(made, name, value)
         object.__setattr__(old, "__class__", new)
         vars(old).clear()
@@ -123,8 +133,28 @@ def _make(new: type[nnx.Module], old: Any, settings: dict[str, Any]) -> nnx.Modu
     features = getattr(old, "num_features", None)
     if features is None:  # Flax's group norm keeps only what follows from it
         features = old.num_groups * old.group_size
-    kept = accepted(new.__init__, vars(old))
+    kept = {name: value for name, value in vars(old).items() if name in _arguments(new)}
     if "num_groups" in kept:
         kept["group_size"] = None
     make: Any = new
     return make(**{"num_features": features, **kept, **settings, "rngs": nnx.Rngs(0)})
+
+
+def _arguments(new: type[nnx.Module]) -> set[str]:
+    """What a norm can be made with, what it only passes on included."""
+    names: set[str] = set()
+    for kind in (k for k in new.__mro__ if "__init__" in vars(k)):
+        parameters = inspect.signature(vars(kind)["__init__"]).parameters
+        names |= parameters.keys()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return names
+
+
+def _give_to_all(value: nnx.Variable, own: nnx.Variable, features: Any) -> None:
+    """Repeat ``value`` along the axes that ``own`` has before those of the features, after those of a stack."""
+    rank = len(features) if isinstance(features, tuple) else 1
+    leading, stack = own.shape[: own.ndim - rank], value.shape[: value.ndim - rank]
+    if leading:
+        array = jnp.expand_dims(value[...], range(len(stack), len(stack) + len(leading)))
+        value.set_value(jnp.broadcast_to(array, stack + own.shape))

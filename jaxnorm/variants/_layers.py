@@ -23,12 +23,14 @@ class Remedy(NamedTuple):
       infer: the output likewise, by the running averages; None where there are none.
       parameters: shape and start of each parameter besides scale and bias; None for the shape of the features.
       leading: of a layer, the size of an axis of the averages before those of the features; None for no such axis.
+      averages: which of the running averages it holds; the count only where it matters which steps were seen.
     """
 
     train: Callable[..., Any]
     infer: Callable[..., jax.Array] | None = None
     parameters: dict[str, tuple[tuple[int, ...] | None, float]] = {}  # noqa: RUF012
     leading: Callable[[Any], int] | None = None
+    averages: tuple[str, ...] = ("mean", "var")
 
 
 def _affine(p: Settings) -> tuple[Any, Any]:
@@ -124,12 +126,23 @@ REMEDIES = {
     "EvoNormS0": Remedy(_evonorm_s0, None, {"v": (None, 1.0)}),
     "FilterResponseNorm": Remedy(_filter_response, None, {"threshold": (None, 0.0)}),
     "DynamicTanh": Remedy(_dynamic_tanh, None, {"alpha": ((), 0.5)}),
-    "SequenceBatchNorm": Remedy(_sequence, _sequence_infer, leading=lambda layer: layer.max_length),
+    "SequenceBatchNorm": Remedy(
+        _sequence, _sequence_infer, leading=lambda layer: layer.max_length, averages=RunningStats._fields
+    ),
     "ConditionalBatchNorm": Remedy(_conditional_batch, _normalized),
     "ConditionalInstanceNorm": Remedy(lambda layer, x, p, running, **s: jaxnorm.instance_norm(x, *_affine(p), **s)),
     "ConditionalLayerNorm": Remedy(lambda layer, x, p, running, **s: jaxnorm.layer_norm(x, *_affine(p), **s)),
-    "StepBatchNorm": Remedy(_conditional_batch, _normalized),
+    "StepBatchNorm": Remedy(_conditional_batch, _normalized, averages=RunningStats._fields),
 }
+
+
+START = {"mean": jnp.zeros, "var": jnp.ones, "count": jnp.zeros}
+"""Averages before there are any."""
+
+
+def running_stats(stored: dict[str, jax.Array], shape: tuple[int, ...]) -> RunningStats:
+    """The averages that a layer holds; those of one batch norm, carried over, serve all domains."""
+    return RunningStats(*(jnp.broadcast_to(stored.get(n, 0.0), shape) for n in RunningStats._fields))
 
 
 def name_of(layer: Any) -> str:

@@ -1,8 +1,8 @@
 """The remedies as Flax Linen layers: parameters and collections, no arithmetic.
 
-``params`` hold scale, bias and what a remedy learns besides; ``batch_stats`` hold ``mean``, ``var`` and ``count`` of
-those with running averages. Where a condition modulates a norm, ``modulation``, a dense layer begun with zeros,
-computes the scale less one and the bias from it.
+``params`` hold scale, bias and what a remedy learns besides; ``batch_stats`` hold ``mean`` and ``var`` of those with
+running averages, and, of those with averages of each time step, ``count``. Where a condition modulates a norm,
+``modulation``, a dense layer begun with zeros, computes the scale less one and the bias from it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ import jaxnorm
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation
-from jaxnorm.running import RunningStats
 from jaxnorm.variants import _layers
 from jaxnorm.variants._layers import extend_steps
 
@@ -84,19 +83,20 @@ class _Remedy(nn.Module, kw_only=True):
             init = nn.initializers.constant(start)
             parameters[extra] = self.param(extra, init, shape if own is None else own, self.param_dtype)
         x = x.astype(canonicalize_dtype(x, *parameters.values(), dtype=self.dtype))
-        stored, running = [], None
+        stored, running = {}, None
         if remedy.infer is not None:
             shape = shape if remedy.leading is None else (remedy.leading(layer), *shape)
-            start = {"mean": jnp.zeros, "var": jnp.ones, "count": jnp.zeros}
-            stored = [self.variable("batch_stats", n, init, shape, jnp.float32) for n, init in start.items()]
-            running = RunningStats(*(variable.value for variable in stored))
+            for n in remedy.averages:
+                stored[n] = self.variable("batch_stats", n, _layers.START[n], shape, jnp.float32)
+            running = _layers.running_stats({n: variable.value for n, variable in stored.items()}, shape)
         initializing = self.is_initializing()
         y, new = _layers.call(
             layer, x, parameters, running, inputs, settings,
             use_running_average=use_running_average, initializing=initializing,
         )  # fmt: skip
-        for variable, value in zip(stored, new or (), strict=False):
-            variable.value = value
+        if new is not None:
+            for n, variable in stored.items():
+                variable.value = getattr(new, n)
         return y
 
 
@@ -176,11 +176,13 @@ class BatchRenorm(_Averaged, kw_only=True):
         residual: Array | None = None,
     ) -> jax.Array:
         """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
-        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        settings = {"mask": mask, "residual": residual, "activation": self.activation}
-        y = self._average(x, steps.value, use_running_average=use_running_average, **settings)
         use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        if not use and not self.is_initializing():
+        steps = None  # at inference they are not asked for, and a batch norm that was swapped has none
+        if not use or self.is_initializing():
+            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        settings = {"mask": mask, "residual": residual, "activation": self.activation}
+        y = self._average(x, steps and steps.value, use_running_average=use_running_average, **settings)
+        if steps is not None and not use and not self.is_initializing():
             steps.value += 1
         return y
 

@@ -1,7 +1,8 @@
 """The remedies as Flax NNX layers: parameters and running averages, no arithmetic.
 
-Scale, bias and what a remedy learns besides are ``nnx.Param``; ``mean``, ``var`` and ``count`` of those with running
-averages are ``nnx.BatchStat``. ``train()`` and ``eval()`` choose the statistics.
+Scale, bias and what a remedy learns besides are ``nnx.Param``; ``mean`` and ``var`` of those with running averages,
+and, of those with averages of each time step, ``count`` are ``nnx.BatchStat``. ``train()`` and ``eval()`` choose the
+statistics.
 """
 
 import math
@@ -17,7 +18,6 @@ import jaxnorm
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation
-from jaxnorm.running import RunningStats
 from jaxnorm.variants import _layers
 from jaxnorm.variants._layers import extend_steps
 
@@ -138,16 +138,18 @@ class _Averaged(_Remedy):
         leading = _layers.REMEDIES[self.remedy].leading
         shape = self.num_features if leading is None else (leading(self), *self.num_features)
         shape = shape if steps is None else (steps, *shape)
-        self.mean, self.count = (nnx.BatchStat(jnp.zeros(shape, jnp.float32)) for _ in range(2))
-        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+        for name in _layers.REMEDIES[self.remedy].averages:
+            setattr(self, name, nnx.BatchStat(_layers.START[name](shape, jnp.float32)))
 
     def _average(self, x, *inputs, use_running_average=None, **settings) -> jax.Array:
         use = self.use_running_average if use_running_average is None else use_running_average
-        stored = (self.mean, self.var, self.count)
-        running = RunningStats(*(variable[...] for variable in stored))
+        stored = {name: getattr(self, name) for name in _layers.REMEDIES[self.remedy].averages}
+        averages = {name: variable[...] for name, variable in stored.items()}
+        running = _layers.running_stats(averages, averages["var"].shape)
         y, new = self._normalize(x, *inputs, running=running, use_running_average=use, **settings)
-        for variable, value in zip(stored, new or (), strict=False):
-            variable[...] = value
+        if new is not None:
+            for name, variable in stored.items():
+                variable[...] = getattr(new, name)
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -246,6 +248,15 @@ class SplitBatchNorm(_Averaged):
       split_affine: whether every domain has a scale and a bias of its own.
       activation: applied last.
       settings: as of every layer with averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import SplitBatchNorm
+      >>> model = nnx.Sequential(SplitBatchNorm(1, num_domains=2, epsilon=0.0, rngs=nnx.Rngs(0)))
+      >>> x, domain = jnp.array([[1.0], [10.0], [3.0], [30.0]]), jnp.array([0, 1, 0, 1])
+      >>> nnx.view(model, domain=domain)(x).tolist()
+      [[-1.0], [-1.0], [1.0], [1.0]]
     """
 
     def __init__(
@@ -258,18 +269,35 @@ class SplitBatchNorm(_Averaged):
         **settings: Any,
     ) -> None:
         self.num_domains, self.split_affine, self.activation = num_domains, split_affine, activation
+        self.domain = nnx.data(None)
         super().__init__(num_features, **settings)
+
+    def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, use_running_average: bool | None = None, domain: Array | None = None
+    ) -> None:
+        """Used by ``nnx.view``.
+
+        Args:
+          use_running_average: normalize by the running averages instead of the statistics of the batch.
+          domain: of the examples to come, for a model that does not pass it on to its norms.
+        """
+        super().set_view(use_running_average)
+        if domain is not None:
+            self.domain = jnp.asarray(domain)
 
     def __call__(
         self,
         x: Array,
-        domain: Array,
+        domain: Array | None = None,
         use_running_average: bool | None = None,
         *,
         mask: Array | None = None,
         residual: Array | None = None,
     ) -> jax.Array:
-        """Normalize ``x``, whose examples are of ``domain``; the rest as in `jaxnorm.standardize`."""
+        """Normalize ``x``, of ``domain`` (given here or by ``nnx.view``); the rest as in `jaxnorm.standardize`."""
+        domain = self.domain if domain is None else domain
+        if domain is None:
+            _axes.fail("SplitBatchNorm", "domain must be given in the call or by nnx.view", {"domain": None})
         use = self.use_running_average if use_running_average is None else use_running_average
         parameters = self._parameters()
         if self.split_affine and use:
