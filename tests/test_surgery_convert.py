@@ -1,4 +1,5 @@
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -125,6 +126,95 @@ def test_a_torch_block_and_its_counterpart_train_alike(rng):
     for bn in norms:
         y_torch = torch.relu(bn(conv(y_torch)))
     assert_close(y, (y_torch + torch.tensor(x)).detach().numpy(), 36 * 10)
+
+
+def haiku_norm(converted):
+    hk = pytest.importorskip("haiku")
+    run = hk.without_apply_rng(
+        hk.transform_with_state(lambda x, train: hk.BatchNorm(True, True, 0.8, eps=1e-3, name="norm")(x, train))
+    )
+
+    def norm(params, state, x, train):
+        params = {new: params[old].reshape(1, 1, 1, -1) for old, new in (("scale", "scale"), ("bias", "offset"))}
+        return run.apply({"norm": params}, state, x, train)
+
+    state = {f"norm/~/{ema}": values for ema, values in converted.variables["state"].items()}
+    return norm, state, lambda state: [state[f"norm/~/{ema}"]["average"].reshape(-1) for ema in ("mean_ema", "var_ema")]
+
+
+def equinox_norm(converted):
+    eqx = pytest.importorskip("equinox")
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="batch", momentum=0.8, eps=1e-3)
+    arrays = converted.variables
+    state = state.set(layer.batch_state_index, (arrays["hidden_mean"], arrays["hidden_var"]))
+    state = state.set(layer.batch_counter, state.get(layer.batch_counter) + int(arrays["counter"]))
+
+    def norm(params, state, x, train):
+        own = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (params["scale"], params["bias"]))
+        own = own if train else eqx.nn.inference_mode(own)
+        run = jax.vmap(own, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        y, state = run(x.transpose(0, 3, 1, 2), state)
+        return y.transpose(0, 2, 3, 1), state
+
+    return norm, state, lambda state: state.get(layer.batch_state_index)
+
+
+def keras_norm(converted):
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("keras runs on another library")
+    layer, arrays = keras.layers.BatchNormalization(**converted.settings), converted.variables
+    layer.build((None, 5, 5, 4))
+
+    def norm(params, state, x, train):
+        return layer.stateless_call([params["scale"], params["bias"]], state, x, training=train)
+
+    return norm, [arrays["moving_mean"], arrays["moving_variance"]], lambda state: state
+
+
+NORMS = {"haiku": haiku_norm, "equinox": equinox_norm, "keras": keras_norm}
+"""Batch norm of other libraries as ``norm(params, state, x, train)``, its state, and the averages in it."""
+
+
+@pytest.mark.parametrize("library", NORMS)
+def test_a_block_and_its_counterpart_in_jax_train_alike(library, rng):
+    """Output, gradients and averages over ten steps of a residual block; then its evaluation."""
+    x, cotangent = (rng.normal(size=(10, 6, 5, 5, 4)).astype(np.float32) for _ in range(2))
+    params = {name: jnp.asarray(rng.uniform(0.5, 1.5, 4), jnp.float32) for name in ("scale", "bias")}
+    stats = {name: jnp.asarray(rng.uniform(0.5, 1.5, 4), jnp.float32) for name in ("mean", "var")}
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 4)) / 6, jnp.float32)
+    layer, variables = linen.BatchNorm(momentum=0.8, epsilon=1e-3), {"params": params, "batch_stats": stats}
+    settings = {"momentum": 0.8, "epsilon": 1e-3}
+    norm, state, averages = NORMS[library](
+        surgery.convert(variables, "jaxnorm.linen", library, ndim=4, **settings)  # as after many updates
+    )
+
+    def ours(params, stats, x, train):
+        variables = {"params": params, "batch_stats": stats}
+        y, new = layer.apply(variables, x, use_running_average=not train, mutable="batch_stats")
+        return y, new["batch_stats"]
+
+    def block(norm, params, kernel, state, x, train):
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y, state = norm(params, state, y, train)
+        return x + nn.relu(y), state
+
+    def loss(norm, params, kernel, state, x, cotangent):
+        y, state = block(norm, params, kernel, state, x, True)
+        return jnp.sum(y * cotangent), (y, state)
+
+    theirs, own = (jax.jit(jax.grad(partial(loss, n), (0, 1), has_aux=True)) for n in (norm, ours))
+    for i in range(10):
+        expected, (y, state) = theirs(params, kernel, state, x[i], cotangent[i])
+        grads, (own_y, stats) = own(params, kernel, stats, x[i], cotangent[i])
+        assert_close(own_y, y, 36)
+        jax.tree.map(lambda a, b: assert_close(a, b, 150, magnitude=float(np.sqrt(150))), grads, expected)
+    mean, var = averages(state)
+    assert_close(stats["mean"], mean, 36, magnitude=1.0)
+    assert_close(stats["var"], var, 36)
+    tested, _ = jax.jit(partial(block, ours, train=False))(params, kernel, stats, x[0])
+    expected, _ = jax.jit(partial(block, norm, train=False))(params, kernel, state, x[0])
+    assert_close(tested, expected, 36 * 10)
 
 
 def batches(rng, shape=(6, 3, 3, 4)):
