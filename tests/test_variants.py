@@ -2,10 +2,12 @@
 
 import inspect
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles as basic
 import oracles_variants as oracles
 import pytest
 from checks import assert_close, compile_quickly
@@ -674,3 +676,41 @@ def test_bad_sequences():
         jaxnorm.running_at(jaxnorm.init_running((3, 2)), 0.5)
     with pytest.raises(ValueError, match=r"^running_at: running must have time as its first axis; got shape=\(\)"):
         jaxnorm.running_at(jaxnorm.init_running(()), 0)
+
+
+# Statistics of several batches together ------------------------------------------------------------------------------
+
+
+def test_batches_given_together_share_their_statistics(rng):
+    """The recipe of docs/choosing.md: output and gradients are those of the union, which others are not."""
+    text = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
+    recipe: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], recipe)
+    x, shifted = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    shifted = 2 * shifted + 3
+    scale, bias, cotangent = rng.normal(size=4), rng.normal(size=4), rng.normal(size=(6, 4))
+
+    def of_first(x, shifted):
+        y, next_y = recipe["together"](lambda x: jaxnorm.batch_norm(x, scale, bias)[0], x, shifted)
+        return jnp.sum(y * cotangent.astype(np.float32)), (y, next_y)
+
+    gradients, outputs = jax.jit(jax.grad(of_first, (0, 1), has_aux=True))(x, shifted)
+    union = np.concatenate([x, shifted]).astype(float)
+    labels, features = basic.labels_of("batch", union.shape), basic.features_of(union.shape)
+    expected = basic.normalize(union, labels, features, scale, bias, 1e-5)
+    of_union, *_ = basic.gradients(union, np.pad(cotangent, [(0, 6), (0, 0)]), labels, features, scale, 1e-5)
+    assert_close(np.concatenate(outputs), expected, 12)
+    assert_close(np.concatenate(gradients), of_union, 12)
+    assert abs(gradients[1]).max() > 0.01  # the second batch moves the first through the statistics
+    apart = [jaxnorm.batch_norm(b, scale, bias)[0] for b in (x, shifted)]
+    assert_close(apart[1].mean(0) - apart[0].mean(0), np.zeros(4), 12, magnitude=float(abs(scale).max()))
+    assert abs((outputs[1].mean(0) - outputs[0].mean(0)) / scale).min() > 0.5
+
+    weights = {"in": rng.normal(size=(4, 4)), "scale": scale, "bias": bias, "out": rng.normal(size=(4, 1))}
+    weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
+    rewards = jnp.zeros((6, 1))
+    gradient, running = jax.jit(jax.grad(recipe["loss"], has_aux=True))(
+        weights, jaxnorm.init_running(4), x, shifted, rewards
+    )
+    assert abs(gradient["in"]).max() > 0
+    assert_close(running.mean, 0.01 * (union @ weights["in"]).mean(0), 24, magnitude=0.05)
