@@ -267,6 +267,10 @@ REASONS = {
     "shared": (lambda v, x: jnp.sin(affine(v, "a", x @ v["w"])) @ v["w"], "others use the weights of w too"),
     "branch": (lambda v, x: (jnp.sin(affine(v, "a", x @ v["w"])), x @ v["w"])[0], None),
     "branches": (lambda v, x: (lambda y: y + jnp.sin(affine(v, "a", y)))(x @ v["w"]), "others use the output of w too"),
+    "branch before": (
+        lambda v, x: (lambda y: jnp.cos(y) + jnp.sin(affine(v, "a", y)))(x @ v["w"]),
+        "others use the output of w too",
+    ),
     "activation": (lambda v, x: jnp.sin(affine(v, "a", nn.relu(x @ v["w"]))), "an activation (max) comes before it"),
     "inputs": (lambda v, x: jnp.sin(affine(v, "a", x @ x.T)), "dot_general with weights that depend on the inputs"),
     "positions": (lambda v, x: jnp.sin(affine(v, "b", x @ v["w"])), "it differs within a channel of w"),

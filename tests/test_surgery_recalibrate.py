@@ -129,7 +129,23 @@ def test_cumulative_averages_get_their_count(rng):
     x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     model = linen.BatchNorm(use_running_average=True, momentum=None)
     variables = model.init(jax.random.key(0), x)
-    assert surgery.recalibrate(model, variables, [x, x])["batch_stats"]["count"].tolist() == [12.0] * 5
+    variables = surgery.recalibrate(model, variables, [x, x])
+    assert variables["batch_stats"]["count"].tolist() == [12.0] * 5
+    assert surgery.adapt(model, variables, [x])["batch_stats"]["count"].tolist() == [12.0] * 5  # of the training data
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, linen.BatchNorm, nnx.BatchNorm, jaxnorm_nnx.BatchNorm])
+def test_what_is_masked_does_not_count(norm, rng):
+    x, mask = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), np.arange(6).reshape(6, 1) < 4
+    if issubclass(norm, nn.Module):
+        model = norm(use_running_average=True)
+        variables = model.init(jax.random.key(0), x)
+        stats = surgery.recalibrate(model, variables, [x], mask=mask)["batch_stats"]
+    else:
+        stats = nnx.to_pure_dict(surgery.recalibrate(norm(5, rngs=nnx.Rngs(0)), None, [x], mask=mask))
+    kept = np.asarray(x, float)[:4]
+    assert_close(stats["mean"], kept.mean(0), 4, magnitude=1.0)
+    assert_close(stats["var"], kept.var(0), 4)
 
 
 def test_errors(rng):

@@ -228,8 +228,8 @@ def _settings(
         raise ValueError(f"convert: batch norm of {source} has no default of {old.momentum}; it must be given.")
     momentum = given.pop(old.momentum, old.default_momentum)
     unbiased = given.pop("unbiased", old.unbiased)
-    alpha = momentum if momentum is None or old.weighs == "new" else _complement(momentum)
-    settings = {new.momentum: alpha if alpha is None or new.weighs == "new" else _complement(alpha)}
+    alpha = _turned(momentum, old.weighs)
+    settings = {new.momentum: _turned(alpha, new.weighs)}
     if alpha is None and target not in ("torch", "jaxnorm.linen", "jaxnorm.nnx"):
         raise ValueError(f"convert: {target} has no cumulative average; give {old.momentum} to go on with.")
     settings[new.epsilon] = epsilon
@@ -241,9 +241,9 @@ def _settings(
     return alpha, {**settings, **given}
 
 
-def _complement(weight: float) -> float:
-    """One minus ``weight``, as people write it: 0.9 for 0.1."""
-    return round(1 - weight, 12)
+def _turned(weight: float | None, weighs: str) -> float | None:
+    """The weight of the new value from that of the one it ``weighs``, or back, as people write it: 0.9 for 0.1."""
+    return weight if weight is None or weighs == "new" else round(1 - weight, 12)
 
 
 def _averages(

@@ -80,15 +80,13 @@ def fold(apply: Callable[..., Any], variables: Any, *inputs: Any) -> Folded:
     paths, leaves = _flatten(variables)
     structs = jax.tree.structure(variables), [_struct("variables", leaf) for leaf in leaves]
     plan = _Plan(apply, structs, paths, jax.tree.map(partial(_struct, "inputs"), inputs))
-    expected = {name: (v.shape, v.dtype) for name, v in zip(plan.names, plan.early, strict=True)}
     plans = {_signature(inputs): plan}
 
     def folded_apply(variables, *inputs):
         key = _signature(inputs)
         if key not in plans:
             new = _Plan(apply, structs, paths, jax.tree.map(partial(_struct, "inputs"), inputs))
-            found = {name: (v.shape, v.dtype) for name, v in zip(new.names, new.early, strict=True)}
-            if found != expected:
+            if new.structs != plan.structs:
                 raise ValueError("fold: the program for inputs of these shapes has other variables; fold for them too.")
             plans[key] = new
         return plans[key].run(variables, inputs)
@@ -110,6 +108,7 @@ class _Plan:
         self.report = _fold_program(self.program)
         self.early, self.late = self.program.split()
         self.names = _report.names(self.early)
+        self.structs = {name: (v.shape, v.dtype) for name, v in zip(self.names, self.early, strict=True)}
 
     def prepare(self, leaves: Sequence[Any]) -> dict[str, jax.Array]:
         """The variables of the folded program."""
