@@ -6,6 +6,7 @@ A network is a function ``contender -> Program``. A contender is how each normal
 - ``drop-in``: the same line for line, with our layer in the place of Flax's.
 - ``inside``: our layer, which is told the activation and the residual.
 - ``invertible``: the same, and the output is kept in place of the input; with leaky ReLU only.
+- ``add and norm``: of a transformer, our layer, but where the residual is added before it, both in one call.
 
 Of stacks, a contender may be followed by what is around a block: a ``checkpoint``, or one whose ``policy`` saves the
 statistics.
@@ -167,6 +168,20 @@ def residual_stack(layers: int, activation: str, contender: str) -> Program:
     return _stack(block, [(kernel, variables)] * 2, x, layers, False, 2)
 
 
+class AddNorm(nn.Module):
+    """`jaxnorm.add_layer_norm` or `jaxnorm.add_rms_norm`."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sum, and the sum normalized."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        if self.kind == "rms":
+            return jaxnorm.add_rms_norm(x, residual, scale)
+        return jaxnorm.add_layer_norm(x, residual, scale, self.param("bias", nn.initializers.zeros, x.shape[-1:]))
+
+
 class TransformerBlock(nn.Module):
     """Attention and a perceptron, each normalized before and added after."""
 
@@ -181,8 +196,13 @@ class TransformerBlock(nn.Module):
         def norm():
             return Norm(self.contender, self.kind, None, dtype)
 
-        x = x + nn.MultiHeadDotProductAttention(16, dtype=dtype, use_bias=False)(norm()(x))
-        y = nn.Dense(4 * width, dtype=dtype, use_bias=False)(norm()(x))
+        attended = nn.MultiHeadDotProductAttention(16, dtype=dtype, use_bias=False)(norm()(x))
+        if self.contender == "add and norm":
+            x, y = AddNorm(self.kind)(attended, x)
+        else:
+            x = x + attended
+            y = norm()(x)
+        y = nn.Dense(4 * width, dtype=dtype, use_bias=False)(y)
         return x + nn.Dense(width, dtype=dtype, use_bias=False)(nn.gelu(y))
 
 
@@ -275,7 +295,7 @@ def other_stacks() -> Iterator[Case]:
         yield f"4 x residual block, {activation}", partial(residual_stack, 4, activation), PLAIN
     yield "ResNet-18, relu", partial(resnet, "resnet18", "relu", 256, 32), PLAIN
     for kind in ("layer", "rms"):
-        yield f"2 x transformer block, {kind}", partial(transformer, 2, kind), PLAIN[:2]
+        yield f"2 x transformer block, {kind}", partial(transformer, 2, kind), (*PLAIN[:2], "add and norm")
 
 
 def resnets(target: str) -> Iterator[Case]:
