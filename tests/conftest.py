@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 
@@ -29,6 +30,45 @@ def gather_at_most(replicas):
 
 
 gather_at_most(DEVICES // 2)  # four devices are gathered, eight are not
+
+FURTHER = [
+    r"test_contexts.*collectives_of_a_step_with_axis_name.*unchecked",
+    r"test_converters.*(export_with_symbolic_shapes|jet)\[(rms|layer|instance)_norm",
+    r"test_derivatives.*test_bfloat16\[(.*-(group|instance|rms)|together-layer)\]",
+    r"test_derivatives.*test_complex\[(group|instance)\]",
+    r"test_derivatives.*test_derivatives\[(together-(layer|instance|rms)|alone-(group|instance|rms))\]",
+    r"test_derivatives.*test_third_derivative\[together\]",
+    r"test_examples.*(both_scripts|\[nnx\])",
+    r"test_fused.*an_activation_may_close_over_arrays\[(?!batch)",
+    r"test_fused.*invertible_derivatives\[(layer|rms|instance|given|batch-arcsinh)",
+    r"test_fused.*invertible_gradients_are_exact_to_the_dtype\[(layer|group-float)",
+    r"test_fused.*invertible_in_context\[.*(unchecked|inside|pmap)",
+    r"test_fused.*test_layers\[(RMS|Group|Instance)",
+    r"test_numerics.*fully_masked_is_the_bias\[(layer|rms|instance)\]",
+    r"test_numerics.*test_range\[together",
+    r"test_resnet.*test_linen",
+    r"test_sharding.*sharded_arrays\[(rms|instance|layer).*masked",
+    r"test_surgery_fold.*depthwise_and_transposed.*flax",
+    r"test_surgery_fold.*preactivation.*flax",
+    r"test_surgery_fold.*resnets_in_bfloat16\[(?!linen-jaxnorm)",
+    r"test_surgery_fold.*resnets_lose_all_their_norms\[(linen-basic|nnx-bottleneck|.*basic-flax|linen-bottleneck-jaxnorm)",
+    r"test_surgery_freeze.*written_by_hand\[((remat|vmap|scan)-flax|(remat|vmap)-jaxnorm|flax)",
+    r"test_surgery_recalibrate.*lifted_bodies\[(vmap|remat)\]",
+    r"test_surgery_swap.*written_by_hand\[(vmap|remat)\]",
+    r"test_training\.py.*(averages_see_every_microbatch_by_its_count|one_device_and_four_agree)\[jit\]",
+    r"test_training_program.*signals_lose_nothing",
+    r"test_variant_layers.*parameters_train",
+    r"test_variants.*test_context\[jit",
+    r"test_variants.*output_and_gradients\[0.0-plain\]",
+]
+"""Tests whose programs take seconds to compile, and of which `make test` runs a neighbour that tries the same code in
+another combination: slow, as those that are marked so."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(re.search(pattern, item.nodeid) for pattern in FURTHER):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
