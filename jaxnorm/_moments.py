@@ -32,12 +32,12 @@ LARGE = 2**17
 
 
 class Moments(NamedTuple):
-    """Mean, biased variance and number of values of each feature.
+    """Mean, biased variance and number of values of each feature, as `moments` measures them: see its example.
 
     Attributes:
-      mean: the mean, in the dtype of the statistics.
-      var: the variance about it, divided by ``count`` (not ``count - 1``); real.
-      count: how many values they were measured on, or the sum of their weights; real, in the shape of ``mean``.
+      mean: the mean, in the shape of the axes not reduced, the dtype of the statistics and the unit of the data.
+      var: the variance about it, divided by ``count`` (not ``count - 1``); real, in that shape and the squared unit.
+      count: how many values they were measured on, or the sum of their weights; real, in the same shape.
     """
 
     mean: jax.Array
@@ -48,11 +48,13 @@ class Moments(NamedTuple):
 class Statistics(NamedTuple):
     """`Moments` before rounding, as the argument ``adjust`` of `standardize` gets them and gives them back.
 
+    The example of `standardize` changes one. All have the rank of the data, with size one where it was reduced.
+
     Attributes:
       count: how many values there are, or the sum of their weights. Where it is zero, nothing is normalized.
-      center: a point near the mean; to differentiation a constant.
+      center: a point near the mean, in the unit of the data; to differentiation a constant.
       offset: the mean less the center.
-      var: the biased variance.
+      var: the biased variance, real, in the squared unit.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -286,6 +286,9 @@ def layer_norm(
       TypeError: an integer array, or an argument of the wrong type.
       ValueError: an argument that does not fit.
 
+    Warns:
+      UserWarning: every statistic is of one value, which is normalized to zero whatever it is.
+
     Example:
       >>> import jax.numpy as jnp, jaxnorm
       >>> jaxnorm.layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]]), epsilon=0.0).tolist()
@@ -402,6 +405,9 @@ def group_norm(
       TypeError: an integer array, or an argument of the wrong type.
       ValueError: an argument that does not fit.
 
+    Warns:
+      UserWarning: every statistic is of one value, which is normalized to zero whatever it is.
+
     Example:
       >>> import jax.numpy as jnp, jaxnorm
       >>> jaxnorm.group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2, epsilon=0.0).tolist()
@@ -462,6 +468,9 @@ def instance_norm(
     Raises:
       TypeError: an integer array, or an argument of the wrong type.
       ValueError: an argument that does not fit.
+
+    Warns:
+      UserWarning: every statistic is of one value, which is normalized to zero whatever it is.
 
     Example:
       >>> import jax.numpy as jnp, jaxnorm
@@ -591,6 +600,10 @@ def moments(
       >>> x = 1e6 + jnp.array([[-1.0, 0.0], [1.0, 0.0]])
       >>> jaxnorm.moments(x, 0).var.tolist()
       [1.0, 0.0]
+
+    References:
+      Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance: Analysis and Recommendations", The
+      American Statistician, 1983, for shifted data; `merge_moments` for replicas.
     """
     x = _axes.as_input("moments", "x", x)
     axes = tuple(sorted(_axes.canonical_axes("moments", "axes", axes, x.ndim)))

@@ -103,6 +103,16 @@ class _Layer(nn.Module):
 
         Raises:
           ValueError: the features are not those of initialization, or an argument does not fit.
+
+        Example:
+          The third value is not measured; the residual, 10, is added last:
+
+          >>> import jax, jax.numpy as jnp
+          >>> from jaxnorm.linen import LayerNorm
+          >>> layer, x = LayerNorm(epsilon=0.0), jnp.array([1.0, 3.0, 5.0])
+          >>> given = {"mask": jnp.array([True, True, False]), "residual": jnp.full(3, 10.0)}
+          >>> layer.init_with_output(jax.random.key(0), x, **given)[0].tolist()
+          [9.0, 11.0, 13.0]
         """
         x, label = _layers.as_input(x), _layers.label(self, self.path)
         reduction, initializing = self._reduction(label, self, x.shape), self.is_initializing()
@@ -244,6 +254,16 @@ class BatchNorm(_Layer, _Replicated, _Affine, _Averaged):
 
         Warns:
           UserWarning: a batch of one value per feature, or averages in use that were never updated.
+
+        Example:
+          The third value is not measured; the residual, 10, is added last:
+
+          >>> import jax, jax.numpy as jnp
+          >>> from jaxnorm.linen import BatchNorm
+          >>> layer, x = BatchNorm(use_running_average=False, epsilon=0.0), jnp.array([[1.0], [3.0], [5.0]])
+          >>> given = {"mask": jnp.array([[True], [True], [False]]), "residual": jnp.full((3, 1), 10.0)}
+          >>> layer.init_with_output(jax.random.key(0), x, **given)[0].tolist()
+          [[9.0], [11.0], [13.0]]
         """
         use_running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
@@ -351,6 +371,9 @@ def trainable_mask(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) 
 
     Returns:
       True or False, in the structure of ``variables["params"]``.
+
+    Raises:
+      flax.errors.FlaxError: ``variables`` are not those of ``model``, or lack something that the call needs.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -145,6 +145,16 @@ class _Layer(nnx.Module):
 
         Raises:
           ValueError: the features are not those the layer was built for, or an argument does not fit.
+
+        Example:
+          The third value is not measured; the residual, 10, is added last:
+
+          >>> import jax.numpy as jnp
+          >>> from flax import nnx
+          >>> from jaxnorm.nnx import LayerNorm
+          >>> layer, x = LayerNorm(3, epsilon=0.0, rngs=nnx.Rngs(0)), jnp.array([1.0, 3.0, 5.0])
+          >>> layer(x, mask=jnp.array([True, True, False]), residual=jnp.full(3, 10.0)).tolist()
+          [9.0, 11.0, 13.0]
         """
         label = _layers.label(self)
         reduction = self._reduction(label, self, jnp.shape(x))
@@ -246,6 +256,16 @@ class BatchNorm(_Affine):
 
         Warns:
           UserWarning: a batch of one value per feature, or averages in use that were never updated.
+
+        Example:
+          The third value is not measured; the residual, 10, is added last:
+
+          >>> import jax.numpy as jnp
+          >>> from flax import nnx
+          >>> from jaxnorm.nnx import BatchNorm
+          >>> layer, x = BatchNorm(1, epsilon=0.0, rngs=nnx.Rngs(0)), jnp.array([[1.0], [3.0], [5.0]])
+          >>> layer(x, mask=jnp.array([[True], [True], [False]]), residual=jnp.full((3, 1), 10.0)).tolist()
+          [[9.0], [11.0], [13.0]]
         """
         label, use_running = _layers.label(self), _layers.first_given(use_running_average, self.use_running_average)
         if use_running is None:
@@ -334,7 +354,18 @@ class RMSNorm(_Layer):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: jax.Array, mask: Array | None = None, *, trainable: bool | None = None, residual: Array | None = None
     ) -> jax.Array:
-        """As that of the other layers; Flax takes this mask by position too."""
+        """Normalize ``x``, as the other layers do; Flax takes this mask by position too.
+
+        Args:
+          x: array with the axes named at construction.
+          mask, trainable, residual: as of `LayerNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: the features are not those the layer was built for, or an argument does not fit.
+        """
         return super().__call__(x, mask=mask, trainable=trainable, residual=residual)
 
 
@@ -405,6 +436,9 @@ def trainable_mask(model: nnx.Module) -> nnx.State:
 
     Returns:
       True or False, in the structure of ``nnx.state(model, nnx.Param)``.
+
+    Raises:
+      Nothing of its own: what is no NNX module fails in Flax.
 
     Example:
       >>> import jax

@@ -11,12 +11,13 @@ from jaxnorm._moments import Moments, Statistics, divisor, merge_along
 
 
 class RunningStats(NamedTuple):
-    """Running averages of `Moments`, passed in and handed back.
+    """Running averages of `Moments`, passed in and handed back: made by `init_running`, whose example shows one.
 
     Attributes:
-      mean: average of the batch means.
-      var: average of the batch variances.
-      count: how many values per feature they have seen; what a cumulative average weighs them by.
+      mean: average of the batch means, in the shape of the features and the unit of the data.
+      var: average of the batch variances, real, in the same shape and the squared unit.
+      count: how many values per feature they have seen, real, in the same shape; what a cumulative average weighs them
+        by.
     """
 
     mean: jax.Array
@@ -65,6 +66,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       >>> both = jaxnorm.merge_moments(jaxnorm.moments(x[:1], 0), jaxnorm.moments(x[1:], 0))
       >>> [float(m) for m in both]
       [2.0, 2.0, 5.0]
+
+    References:
+      Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
     a, b = (Moments(*_check_statistics("merge_moments", name, m)) for name, m in (("a", a), ("b", b)))
     if a.mean.shape != b.mean.shape:

@@ -29,7 +29,7 @@ REMEDIES = {
 
 
 class Finding(NamedTuple):
-    """What is wrong with a norm.
+    """What is wrong with a norm, as `inspect` finds it: see its example.
 
     Attributes:
       path: of the norm.

@@ -11,7 +11,7 @@ KINDS = ("batch", "layer", "group", "instance", "rms")
 
 
 class Convention(NamedTuple):
-    """How a library has its norms.
+    """How a library has its norms: `convert`, whose example reads some of PyTorch's, knows all of ``CONVENTIONS``.
 
     Attributes:
       scale: name of the scale.
@@ -71,7 +71,7 @@ CONVENTIONS = {
 
 
 class Converted(NamedTuple):
-    """A norm, as another library has it.
+    """A norm, as another library has it, made by `convert`: see its example.
 
     Attributes:
       variables: its arrays, under the names of that library.

@@ -27,7 +27,7 @@ from jaxnorm.surgery._report import FoldedNorm, Report
 
 
 class Folded(NamedTuple):
-    """An inference program without the norms that could be folded.
+    """An inference program without the norms that could be folded, as `fold` makes it: see its example.
 
     Attributes:
       variables: a dictionary of arrays: the variables that are left, the folded ones among them, by path.

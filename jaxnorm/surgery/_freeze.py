@@ -26,7 +26,10 @@ def frozen(where: Where = None, *, affine: bool = False) -> Iterator[list[str]]:
         `frozen_mask`.
 
     Yields:
-      The paths of the norms frozen so far.
+      The paths of the norms frozen so far. None are, and nothing is raised, where ``where`` matches no norm.
+
+    Raises:
+      re.error: ``where`` is no regular expression; when the first norm is called.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -104,6 +107,19 @@ def unfreeze(model: nnx.Module, where: Where = None) -> None:
     Args:
       model: the module.
       where: as for `freeze`.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: no norm is chosen.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxnorm import surgery
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> surgery.freeze(model)
+      >>> surgery.unfreeze(model)
+      >>> model.use_running_average
+      False
     """
     _set("unfreeze", model, where, False, running=False)
 

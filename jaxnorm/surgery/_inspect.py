@@ -20,7 +20,7 @@ DEAD, EXPLODING = 1e-10, 1e10
 
 
 class NormState(NamedTuple):
-    """One norm.
+    """One norm, in an `Inspection`: see the example of `inspect`.
 
     Attributes:
       path: in the model.
@@ -56,6 +56,8 @@ class NormState(NamedTuple):
 
 class Inspection(NamedTuple):
     """All norms of a model in the order of the calls, where there was a batch, and what is wrong.
+
+    Made by `inspect`: see its example.
 
     Attributes:
       norms: a `NormState` each.

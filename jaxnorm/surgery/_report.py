@@ -13,7 +13,7 @@ ACTIVATIONS = {"max", "min", "logistic", "tanh", "erf", "erfc", "exp", "clamp", 
 
 
 class FoldedNorm(NamedTuple):
-    """One norm.
+    """One norm, of the report of `fold`: see its example.
 
     Attributes:
       path: of its variables, or of its module, or where its source is.
@@ -31,7 +31,13 @@ class FoldedNorm(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All norms of a program, in order."""
+    """All norms of a program, in order; ``print`` shows one a line, as in the example of `fold`.
+
+    Attributes:
+      norms: a `FoldedNorm` each.
+      folded: those that are gone.
+      stayed: those that are still there.
+    """
 
     norms: tuple[FoldedNorm, ...]
 

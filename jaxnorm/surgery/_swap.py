@@ -38,7 +38,11 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
       **settings: attributes of the new norms, and arguments of their calls, as ``domain`` of `linen.SplitBatchNorm`.
 
     Yields:
-      The paths of the norms swapped so far.
+      The paths of the norms swapped so far. None are, and nothing is raised, where ``where`` matches no norm.
+
+    Raises:
+      TypeError: the new norm has no attribute of a name in ``settings``; when the first norm is called.
+      re.error: ``where`` is no regular expression; likewise.
 
     Example:
       >>> import jax, jax.numpy as jnp
