@@ -182,7 +182,8 @@ def main() -> None:
     settings.out.mkdir(exist_ok=True)
     by_chip: dict[str, list[dict[str, Any]]] = {}
     for target in chosen:
-        rows = by_chip.setdefault(target.rpartition("-")[0] or target, [])
+        chip = target.rpartition("-")[0] or target
+        rows = by_chip.setdefault(chip, [])
         for case in settings.cases or BY_DEFAULT.get(target, ("replicas",)):
             try:
                 found = [{"target": target, **row} for row in CASES[case](target)]
@@ -190,10 +191,9 @@ def main() -> None:
                 sys.exit(str(error))
             show(f"{case} for {target}", found)
             rows += found
-    for chip, rows in by_chip.items():
-        lines = ",\n".join(map(json.dumps, rows))
-        text = f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n'
-        (settings.out / f"compiled-{chip}.json").write_text(text)
+            lines = ",\n".join(map(json.dumps, rows))  # after each case: the next may take an hour
+            text = f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n'
+            (settings.out / f"compiled-{chip}.json").write_text(text)
 
 
 if __name__ == "__main__":
