@@ -189,6 +189,15 @@ def test_gradients_of_the_statistics(rng, x64):
             close(mine, e)
 
 
+def test_a_mean_fixed_at_zero_has_no_derivative(rng):
+    x = jnp.asarray(rng.standard_normal((9, 3)), jnp.float32)
+
+    def means(x):
+        return jaxnorm.standardize(x, axes=0, centered=False)[1].mean
+
+    np.testing.assert_array_equal(jax.jvp(means, (x,), (jnp.ones_like(x),))[1], 0)
+
+
 def test_gradient_of_merged_moments_at_zero_variance():
     constant = lambda var: jaxnorm.Moments(jnp.zeros(1), var, jnp.full(1, 4.0))  # noqa: E731
     gradient = compile_quickly(jax.grad(lambda v: jaxnorm.merge_moments(constant(v), constant(jnp.zeros(1))).var[0]))
