@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import jaxnorm
+import jaxnorm.linen
+import jaxnorm.nnx
+import jaxnorm.surgery
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,14 +32,42 @@ def test_import_loads_neither_flax_nor_optax():
     assert not modules & {"flax", "optax", "chex", "sklearn", "rich", "torch"}
 
 
-def test_everything_exported_is_documented_with_an_example():
-    for name in jaxnorm.__all__:
-        document = getattr(jaxnorm, name).__doc__
-        assert document, name
-        if inspect.isfunction(getattr(jaxnorm, name)):
-            raises = [] if name == "save_statistics" else ["Raises:"]
-            for part in ("Args:", "Returns:", *raises, "Example:", ">>>"):
-                assert part in document, (name, part)
+MODULES = (jaxnorm, jaxnorm.linen, jaxnorm.nnx, jaxnorm.surgery)
+VARIANTS = {jaxnorm.linen: jaxnorm.variants.linen.__all__, jaxnorm.nnx: jaxnorm.variants.nnx.__all__}
+PUBLIC = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in MODULES
+    for name in (*module.__all__, *VARIANTS.get(module, ()))
+    if name != "CONVENTIONS"  # a dictionary, which has no docstring
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_exported_is_documented_with_an_example(name):
+    """A function says what it takes, gives and raises; what else there is has an example, or names what has one."""
+    value, document = PUBLIC[name], inspect.getdoc(PUBLIC[name])
+    assert document
+    if inspect.isfunction(value):
+        in_place = inspect.signature(value).return_annotation in (None, "None")
+        gives = [] if in_place else ["Yields:" if hasattr(value, "__wrapped__") else "Returns:"]
+        raises = [] if name == "jaxnorm.save_statistics" else ["Raises:"]
+        for part in ("Args:", *gives, *raises, "Example:", ">>>"):
+            assert part in document, part
+    elif ">>>" not in document:
+        shown = [PUBLIC.get(f"{name.rpartition('.')[0]}.{other}") for other in re.findall(r"`(\w+)`", document)]
+        assert any(">>>" in inspect.getdoc(other) for other in shown if other is not None)
+
+
+LAYERS = {name: value for name, value in PUBLIC.items() if name.startswith(("jaxnorm.linen", "jaxnorm.nnx"))}
+
+
+@pytest.mark.parametrize("name", [name for name, value in LAYERS.items() if inspect.isclass(value)])
+def test_every_layer_says_how_it_is_called(name):
+    document = inspect.getdoc(LAYERS[name].__call__)
+    if "Standardized" not in name:  # those are called as Flax says
+        for part in ("Args:", "  x: array", "Returns:"):
+            assert part in document.replace("real array", "array"), part
+    assert "Args:" in LAYERS[name].__doc__ or "Attributes:" in LAYERS[name].__doc__
 
 
 def results(name):

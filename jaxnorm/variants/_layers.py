@@ -1,7 +1,8 @@
 """What the Linen and the NNX layers of the remedies share: what a layer holds, and what it computes from it."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,27 @@ from jaxnorm.running import RunningStats, update_running
 from jaxnorm.variants.sequences import running_at
 
 Settings = dict[str, Any]
+Class = TypeVar("Class", bound=type)
+
+
+def documented(cls: Class, without: Sequence[str] = ()) -> Class:
+    """Write what a class takes as ``settings`` into its docstring: the arguments of its base, ``without`` some.
+
+    So each is described once, on a line of its own, and ``help`` shows them all.
+    """
+    if not cls.__doc__:  # python -OO
+        return cls
+    before, example, after = inspect.cleandoc(cls.__doc__).partition("Example:\n")
+    first, _, own = before.partition("Args:\n")
+    own = [line for line in own.splitlines() if line and not line.startswith("  settings:")]
+    docs = [inspect.cleandoc(base.__doc__ or "").partition("\n\nArgs:\n")[2] for base in cls.__mro__[1:]]
+    passed = next(filter(None, docs), "").partition("\n\n")[0].splitlines()
+    left = [line for line in passed if not line.startswith(tuple(f"  {name}:" for name in without))]
+    arguments = left[:1] + own + left[1:]
+    named = {line.split(":")[0]: line for line in reversed(arguments)}
+    lines = ["Args:", *(line for line in arguments if named[line.split(":")[0]] is line)]
+    cls.__doc__ = f"{first.rstrip()}\n\n" + "\n".join(lines) + "\n\n" + example + after
+    return cls
 
 
 class Remedy(NamedTuple):
@@ -24,6 +46,7 @@ class Remedy(NamedTuple):
       parameters: shape and start of each parameter besides scale and bias; None for the shape of the features.
       leading: of a layer, the size of an axis of the averages before those of the features; None for no such axis.
       averages: which of the running averages it holds; the count only where it matters which steps were seen.
+      affine: of a layer, the axes of scale and bias before those of the features.
     """
 
     train: Callable[..., Any]
@@ -31,6 +54,7 @@ class Remedy(NamedTuple):
     parameters: dict[str, tuple[tuple[int, ...] | None, float]] = {}  # noqa: RUF012
     leading: Callable[[Any], int] | None = None
     averages: tuple[str, ...] = ("mean", "var")
+    affine: Callable[[Any], tuple[int, ...]] = lambda layer: ()
 
 
 def _affine(p: Settings) -> tuple[Any, Any]:
@@ -59,6 +83,8 @@ def _split(layer, x, p, running, domain, **settings):
 
 
 def _split_infer(layer, x, p, running, domain, **settings):
+    if layer.split_affine:
+        p = {name: None if value is None else value[domain] for name, value in p.items()}
     return _normalized(layer, x, p, RunningStats(*(v[domain] for v in running)), **settings)
 
 
@@ -120,7 +146,12 @@ def _features(axis: Any) -> tuple[int, ...]:
 REMEDIES = {
     "GhostBatchNorm": Remedy(_ghost, _normalized),
     "BatchRenorm": Remedy(_renorm, _renorm_infer),
-    "SplitBatchNorm": Remedy(_split, _split_infer, leading=lambda layer: layer.num_domains),
+    "SplitBatchNorm": Remedy(
+        _split,
+        _split_infer,
+        leading=lambda layer: layer.num_domains,
+        affine=lambda layer: (layer.num_domains,) if layer.split_affine else (),
+    ),
     "SwitchableNorm": Remedy(_switchable, _switchable_infer, {"mean_logits": ((3,), 0.0), "var_logits": ((3,), 0.0)}),
     "EvoNormB0": Remedy(_evonorm_b0, _evonorm_b0_infer, {"v": (None, 1.0)}),
     "EvoNormS0": Remedy(_evonorm_s0, None, {"v": (None, 1.0)}),
@@ -182,14 +213,6 @@ def call(
     return y, update_running(running, batch, alpha=1 - layer.momentum)
 
 
-def adaptive(x: Any, style: Any, axis: int, epsilon: float) -> jax.Array:
-    """``x`` with the mean and the deviation of every example and channel of ``style``."""
-    feature = axis % jnp.ndim(style)
-    of_style = jaxnorm.moments(style, tuple(a for a in range(1, jnp.ndim(style)) if a != feature))
-    deviation = jnp.sqrt(of_style.var + epsilon)
-    return jaxnorm.instance_norm(x, deviation, of_style.mean, axis=axis, epsilon=epsilon)
-
-
 def recurrent_step(denses: Any, norms: Any, bias: Any, carry: Any, x: Any) -> tuple[Any, jax.Array]:
     """One step of an LSTM whose terms are normalized by the statistics of the step (Cooijmans et al., 2017)."""
     (dense_h, dense_x), (norm_h, norm_x, norm_c), (c, h) = denses, norms, carry
@@ -204,11 +227,26 @@ def extend_steps(batch_stats: Any, length: int) -> Any:
     """The averages of every step for ``length`` of them, those of the last step seen for the steps beyond it.
 
     Args:
-      batch_stats: the collection of a cell under ``nn.scan``, with the steps on the first axis.
+      batch_stats: the collection of a cell under ``nn.scan``: of each norm ``mean``, ``var`` and ``count`` in the shape
+        ``(time, *features)``, or dictionaries of them by name.
       length: how many steps there are to be.
 
     Returns:
-      The collection for so many steps.
+      The collection, in which they have the shape ``(length, *features)``.
+
+    Raises:
+      KeyError: a norm without ``var`` or ``count``.
+      ValueError: averages that have no axis of time.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnorm.linen import extend_steps
+      >>> seen = {"mean": jnp.array([1.0, 2.0]), "var": jnp.ones(2), "count": jnp.array([8.0, 8.0])}
+      >>> extend_steps({"norm_h": seen}, 4)["norm_h"]["mean"].tolist()
+      [1.0, 2.0, 2.0, 2.0]
+
+    References:
+      Cooijmans, Ballas, Laurent, Gulcehre and Courville, "Recurrent Batch Normalization", ICLR 2017, section 3.
     """
     if "mean" in batch_stats:
         running = RunningStats(batch_stats["mean"], batch_stats["var"], batch_stats["count"])

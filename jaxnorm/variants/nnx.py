@@ -2,11 +2,12 @@
 
 Scale, bias and what a remedy learns besides are ``nnx.Param``; ``mean`` and ``var`` of those with running averages,
 and, of those with averages of each time step, ``count`` are ``nnx.BatchStat``. ``train()`` and ``eval()`` choose the
-statistics.
+statistics. Each paper is named in full with the function that a layer wraps, or with the Linen layer of the same name.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,12 +19,13 @@ import jaxnorm
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation
-from jaxnorm.variants import _layers
-from jaxnorm.variants._layers import extend_steps
+from jaxnorm.variants import _calls, _layers
+from jaxnorm.variants._layers import documented, extend_steps
 
 Array = jax.typing.ArrayLike
 Initializer = jax.nn.initializers.Initializer
 ZEROS, ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+AFFINE = ("use_bias", "use_scale", "bias_init", "scale_init")
 
 __all__ = [
     "AdaIN",
@@ -47,6 +49,9 @@ __all__ = [
     "SwitchableNorm",
 ]
 
+# The module is the first base and `_calls` come after it: `surgery.swap` assigns ``__class__`` of a norm, for which
+# Python wants objects that are laid out alike.
+
 
 class _Remedy(nnx.Module):
     """A layer with scale and bias.
@@ -54,7 +59,7 @@ class _Remedy(nnx.Module):
     Args:
       num_features: how many features, or the shape of the feature axes.
       axis: the feature axis, or several.
-      epsilon: added to the variance.
+      epsilon: added to the variance, or the mean square, in the squared unit of the input.
       dtype: of the output; None for the promotion of input and parameters.
       param_dtype: of the parameters.
       use_bias: whether there is a bias.
@@ -81,11 +86,11 @@ class _Remedy(nnx.Module):
         shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
         self.num_features = shape
         self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
-        affine = shape if not getattr(self, "split_affine", False) else (getattr(self, "num_domains"), *shape)  # noqa: B009
+        self.remedy = _layers.name_of(self)
+        affine = (*_layers.REMEDIES[self.remedy].affine(self), *shape)
         for name, (used, init) in {"scale": (use_scale, scale_init), "bias": (use_bias, bias_init)}.items():
             value = nnx.Param(init(rngs.params(), affine, param_dtype)) if used else nnx.data(None)
             setattr(self, name, value)
-        self.remedy = _layers.name_of(self)
         for extra, (own, start) in _layers.REMEDIES[self.remedy].parameters.items():
             setattr(self, extra, nnx.Param(jnp.full(shape if own is None else own, start, param_dtype)))
 
@@ -107,18 +112,21 @@ class _Remedy(nnx.Module):
             use_running_average=use_running_average, initializing=False,
         )  # fmt: skip
 
+    def _output(self, x, **settings) -> jax.Array:
+        return self._normalize(x, **settings)[0]
 
+
+@documented
 class _Averaged(_Remedy):
     """A layer with running averages.
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       use_running_average: normalize by the running averages instead of the statistics of the batch.
-      momentum: the weight of the *old* running average.
+      momentum: the weight of the *old* running average, in [0, 1].
       axis_name: mapped axis or axes whose replicas are normalized together.
       axis_index_groups: lists of replicas; each is normalized with its own list only.
       steps: how many time steps have averages of their own, each seen by itself under ``nnx.scan``; None for none.
-      settings: of every layer: axis, epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, rngs.
+      settings: as of every layer.
     """
 
     def __init__(
@@ -141,7 +149,7 @@ class _Averaged(_Remedy):
         for name in _layers.REMEDIES[self.remedy].averages:
             setattr(self, name, nnx.BatchStat(_layers.START[name](shape, jnp.float32)))
 
-    def _average(self, x, *inputs, use_running_average=None, **settings) -> jax.Array:
+    def _output(self, x, *inputs, use_running_average=None, **settings) -> jax.Array:
         use = self.use_running_average if use_running_average is None else use_running_average
         stored = {name: getattr(self, name) for name in _layers.REMEDIES[self.remedy].averages}
         averages = {name: variable[...] for name, variable in stored.items()}
@@ -162,11 +170,11 @@ class _Averaged(_Remedy):
             self.use_running_average = use_running_average
 
 
-class GhostBatchNorm(_Averaged):
-    """`jaxnorm.ghost_batch_norm` with scale, bias and running averages.
+@documented
+class GhostBatchNorm(_Averaged, _calls.Finished):
+    """`jaxnorm.ghost_batch_norm` (Hoffer, Hubara and Soudry, 2017) with scale, bias and running averages.
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       virtual_batch_size: how many consecutive examples are normalized together.
       activation: applied last.
       settings: as of every layer with averages.
@@ -186,28 +194,24 @@ class GhostBatchNorm(_Averaged):
         super().__init__(num_features, **settings)
         self.virtual_batch_size, self.activation = virtual_batch_size, activation
 
-    def __call__(
-        self,
-        x: Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: Array | None = None,
-        residual: Array | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
-        settings = {"mask": mask, "residual": residual, "activation": self.activation}
-        return self._average(x, use_running_average=use_running_average, **settings)
 
-
-class BatchRenorm(_Averaged):
-    """`jaxnorm.batch_renorm` with scale, bias and running averages; ``steps`` counts the updates.
+@documented
+class BatchRenorm(_Averaged, _calls.Finished):
+    """`jaxnorm.batch_renorm` (Ioffe, 2017) with scale, bias and running averages; ``steps`` counts the updates.
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       r_max: bound of r, or a schedule: a function of the number of updates, as optax has them.
       d_max: bound of d, likewise.
       activation: applied last.
       settings: as of every layer with averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import BatchRenorm
+      >>> layer = BatchRenorm(1, epsilon=0.0, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0], [3.0]])).tolist(), int(layer.steps[...])  # as by the averages before
+      ([[1.0], [3.0]], 1)
     """
 
     def __init__(
@@ -223,27 +227,18 @@ class BatchRenorm(_Averaged):
         self.r_max, self.d_max, self.activation = r_max, d_max, activation
         self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def __call__(
-        self,
-        x: Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: Array | None = None,
-        residual: Array | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
-        settings = {"mask": mask, "residual": residual, "activation": self.activation}
-        y = self._average(x, self.steps[...], use_running_average=use_running_average, **settings)
+    def _output(self, x, *, use_running_average=None, **settings) -> jax.Array:
+        y = super()._output(x, self.steps[...], use_running_average=use_running_average, **settings)
         if not (self.use_running_average if use_running_average is None else use_running_average):
             self.steps[...] += 1
         return y
 
 
-class SplitBatchNorm(_Averaged):
-    """`jaxnorm.split_batch_norm` with running averages of every domain; scale and bias are shared, or one a domain.
+@documented
+class SplitBatchNorm(_Averaged, _calls.OfDomains):
+    """`jaxnorm.split_batch_norm` (Xie et al., 2020; Chang et al., 2019) with running averages of every domain.
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       num_domains: how many domains there are.
       split_affine: whether every domain has a scale and a bias of its own.
       activation: applied last.
@@ -294,111 +289,142 @@ class SplitBatchNorm(_Averaged):
         mask: Array | None = None,
         residual: Array | None = None,
     ) -> jax.Array:
-        """Normalize ``x``, of ``domain`` (given here or by ``nnx.view``); the rest as in `jaxnorm.standardize`."""
+        """Normalize every example of ``x`` with those of its domain, or by the running averages of that.
+
+        Args:
+          x: array of shape ``(batch, ...)`` with the features on ``axis``.
+          domain: integers of shape ``(batch,)``, from zero to ``num_domains - 1``; None for those from ``nnx.view``.
+          use_running_average: None for the attribute; must be given here or there.
+          mask: as in `jaxnorm.standardize`.
+          residual: array of the shape of ``x``, added before the activation.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``domain`` or ``use_running_average`` is not given, or an argument does not fit.
+        """
         domain = self.domain if domain is None else domain
         if domain is None:
             _axes.fail("SplitBatchNorm", "domain must be given in the call or by nnx.view", {"domain": None})
-        use = self.use_running_average if use_running_average is None else use_running_average
-        parameters = self._parameters()
-        if self.split_affine and use:
-            parameters = {n: None if v is None else v[domain] for n, v in parameters.items()}
-        settings = {"mask": mask, "residual": residual, "activation": self.activation}
-        return self._average(x, domain, parameters=parameters, use_running_average=use, **settings)
+        return super().__call__(x, domain, use_running_average, mask=mask, residual=residual)
 
 
-class SwitchableNorm(_Averaged):
-    """`jaxnorm.switchable_norm` with ``mean_logits`` and ``var_logits``, begun with equal weights.
+@documented
+class SwitchableNorm(_Averaged, _calls.Finished):
+    """`jaxnorm.switchable_norm` (Luo et al., 2019) with ``mean_logits`` and ``var_logits``, begun with equal weights.
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       activation: applied last.
       settings: as of every layer with averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import SwitchableNorm
+      >>> layer = SwitchableNorm(2, rngs=nnx.Rngs(0))
+      >>> layer.mean_logits[...] = jnp.array([0.0, 50.0, 0.0])  # of instance, layer and batch
+      >>> layer.var_logits[...] = jnp.array([0.0, 50.0, 0.0])
+      >>> layer(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
     def __init__(self, num_features, *, activation: Activation = None, **settings: Any) -> None:
         super().__init__(num_features, **settings)
         self.activation = activation
 
-    def __call__(
-        self,
-        x: Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: Array | None = None,
-        residual: Array | None = None,
-    ) -> jax.Array:
-        """Normalize ``x``; ``mask`` and ``residual`` as in `jaxnorm.standardize`."""
-        settings = {"mask": mask, "residual": residual, "activation": self.activation}
-        return self._average(x, use_running_average=use_running_average, **settings)
+
+@documented
+class EvoNormB0(_Averaged, _calls.Averaged):
+    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``v``, begun with one. Activation included.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import EvoNormB0
+      >>> layer = EvoNormB0(1, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[-1.0], [3.0]])).round(2).tolist()  # -1 by the deviation, 3 by itself
+      [[-0.5], [1.0]]
+    """
 
 
-class EvoNormB0(_Averaged):
-    """`jaxnorm.evonorm_b0` with ``v``, begun with one. Activation included."""
-
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> jax.Array:
-        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
-        return self._average(x, use_running_average=use_running_average, mask=mask)
-
-
-class EvoNormS0(_Remedy):
-    """`jaxnorm.evonorm_s0` with ``v``, begun with one. Activation included.
+@documented
+class EvoNormS0(_Remedy, _calls.Masked):
+    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``v``, begun with one. Activation included.
 
     Args:
       num_features: how many channels.
       num_groups: how many groups; divides the number of channels.
       settings: as of every layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import EvoNormS0
+      >>> layer = EvoNormS0(2, num_groups=1, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[0.0, 10.0]])).round(3).tolist()  # x sigmoid(x) by the deviation, 5
+      [[0.0, 2.0]]
     """
 
     def __init__(self, num_features, *, num_groups: int = 32, **settings: Any) -> None:
         super().__init__(num_features, **settings)
         self.num_groups = num_groups
 
-    def __call__(self, x: Array, *, mask: Array | None = None) -> jax.Array:
-        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
-        return self._normalize(x, mask=mask)[0]
 
+@documented
+class FilterResponseNorm(_Remedy, _calls.Masked):
+    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``threshold``, begun with zero: a ReLU.
 
-class FilterResponseNorm(_Remedy):
-    """`jaxnorm.filter_response_norm` with ``threshold``, begun with zero: a ReLU."""
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import FilterResponseNorm
+      >>> layer = FilterResponseNorm(1, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[[3.0], [-3.0]]])).round(3).tolist()  # one example, two positions, one channel
+      [[[1.0], [0.0]]]
+    """
 
     def __init__(self, num_features, *, epsilon: float = 1e-6, **settings: Any) -> None:
         super().__init__(num_features, epsilon=epsilon, **settings)
 
-    def __call__(self, x: Array, *, mask: Array | None = None) -> jax.Array:
-        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
-        return self._normalize(x, mask=mask)[0]
+
+@documented
+class DynamicTanh(_Remedy, _calls.Plain):
+    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``alpha``, begun with 0.5. There is no epsilon in it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import DynamicTanh
+      >>> layer = DynamicTanh(1, rngs=nnx.Rngs(0))
+      >>> print(layer(jnp.array([2.0])).round(3), jnp.tanh(0.5 * 2.0).round(3))
+      [0.762] 0.762
+    """
 
 
-class DynamicTanh(_Remedy):
-    """`jaxnorm.dynamic_tanh` with ``alpha``, begun with 0.5. There is no epsilon in it."""
-
-    def __call__(self, x: Array) -> jax.Array:
-        """Squash ``x``."""
-        return self._normalize(x)[0]
-
-
-class SequenceBatchNorm(_Averaged):
+@documented
+class SequenceBatchNorm(_Averaged, _calls.OfSteps):
     """Batch normalization of ``(batch, time, *features)`` by statistics of each time step; scale and bias are shared.
 
     At inference a step beyond the last one seen has the averages of that one (Cooijmans et al., 2017).
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       max_length: how many steps have averages; sequences may be shorter, and longer at inference.
       activation: applied last.
       settings: as of every layer with averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import SequenceBatchNorm
+      >>> layer = SequenceBatchNorm(1, max_length=3, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[[1.0], [10.0]], [[3.0], [30.0]]])).round(3).tolist()  # two sequences of two steps
+      [[[-1.0], [-1.0]], [[1.0], [1.0]]]
     """
 
     def __init__(self, num_features, *, max_length: int, activation: Activation = None, **settings: Any) -> None:
         self.max_length, self.activation = max_length, activation
         super().__init__(num_features, **settings)
-
-    def __call__(self, x: Array, lengths: Array | None = None, use_running_average: bool | None = None) -> jax.Array:
-        """Normalize ``x``, of which ``lengths`` steps of each sequence count; None for all."""
-        mask = None
-        if lengths is not None:
-            mask = jnp.expand_dims(jaxnorm.length_mask(lengths, jnp.shape(x)[1]), range(2, jnp.ndim(x)))
-        return self._average(x, use_running_average=use_running_average, mask=mask, activation=self.activation)
 
 
 class _Modulation(nnx.Module):
@@ -413,12 +439,14 @@ class _Modulation(nnx.Module):
         scale, *rest = jnp.split(self.dense(jnp.asarray(condition)), self.parts, axis=-1)
         return [1 + scale, *rest]
 
-    def parameters(self, condition: Array) -> dict[str, jax.Array]:
-        """Scale and bias by name."""
-        return dict(zip(("scale", "bias"), self(condition), strict=True))
+
+class _Modulated:
+    def _modulation(self: Any, x: Array, condition: Array, parts: int = 2) -> list[jax.Array]:
+        return self.modulation(condition)
 
 
-class ConditionalBatchNorm(_Averaged):
+@partial(documented, without=AFFINE)
+class ConditionalBatchNorm(_Averaged, _calls.ConditionedAveraged, _Modulated):
     """Batch normalization with scale and bias from a condition, of classes a one-hot vector (de Vries et al., 2017).
 
     Args:
@@ -427,6 +455,15 @@ class ConditionalBatchNorm(_Averaged):
       activation: applied last.
       rngs: keys for the initializers.
       settings: as of every layer with averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import ConditionalBatchNorm
+      >>> layer = ConditionalBatchNorm(1, 1, epsilon=0.0, rngs=nnx.Rngs(0))
+      >>> layer.modulation.dense.kernel[...] = jnp.array([[1.0, 10.0]])  # scale 1 + c, bias 10 c
+      >>> layer(jnp.array([[1.0], [3.0]]), jnp.array([[0.0], [1.0]])).tolist()
+      [[-1.0], [12.0]]
     """
 
     def __init__(
@@ -435,16 +472,9 @@ class ConditionalBatchNorm(_Averaged):
         super().__init__(num_features, use_scale=False, use_bias=False, rngs=rngs, **settings)
         self.activation, self.modulation = activation, _Modulation(conditions, num_features, rngs=rngs)
 
-    def __call__(
-        self, x: Array, condition: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> jax.Array:
-        """Normalize ``x``, modulated by ``condition`` of shape ``(batch, conditions)``."""
-        parameters = self.modulation.parameters(condition)
-        settings = {"mask": mask, "activation": self.activation, "parameters": parameters}
-        return self._average(x, use_running_average=use_running_average, **settings)
 
-
-class ConditionalInstanceNorm(_Remedy):
+@partial(documented, without=AFFINE)
+class ConditionalInstanceNorm(_Remedy, _calls.Conditioned, _Modulated):
     """Instance normalization with scale and bias from a condition (Dumoulin et al., 2017).
 
     Args:
@@ -452,25 +482,40 @@ class ConditionalInstanceNorm(_Remedy):
       conditions: the size of the condition.
       rngs: keys for the initializers.
       settings: as of every layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import ConditionalInstanceNorm
+      >>> layer = ConditionalInstanceNorm(1, 1, epsilon=0.0, rngs=nnx.Rngs(0))
+      >>> layer.modulation.dense.kernel[...] = jnp.array([[1.0, 10.0]])  # scale 1 + c, bias 10 c
+      >>> layer(jnp.array([[[1.0], [3.0]]]), jnp.array([[1.0]])).tolist()
+      [[[8.0], [12.0]]]
     """
 
     def __init__(self, num_features: int, conditions: int, *, rngs: nnx.Rngs, **settings: Any) -> None:
         super().__init__(num_features, use_scale=False, use_bias=False, rngs=rngs, **settings)
         self.modulation = _Modulation(conditions, num_features, rngs=rngs)
 
-    def __call__(self, x: Array, condition: Array, *, mask: Array | None = None) -> jax.Array:
-        """Normalize ``x``, modulated by ``condition`` of shape ``(batch, conditions)``."""
-        return self._normalize(x, parameters=self.modulation.parameters(condition), mask=mask)[0]
 
-
+@documented
 class ConditionalLayerNorm(ConditionalInstanceNorm):
-    """Layer normalization with scale and bias from a condition: adaLN (Peebles and Xie, 2023)."""
+    """Layer normalization with scale and bias from a condition: adaLN (Peebles and Xie, 2023).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import ConditionalLayerNorm
+      >>> layer = ConditionalLayerNorm(2, 1, rngs=nnx.Rngs(0))  # begins as layer normalization
+      >>> layer(jnp.array([[1.0, 3.0]]), jnp.array([[1.0]])).round(3).tolist()
+      [[-1.0, 1.0]]
+    """
 
     def __init__(self, num_features: int, conditions: int, *, epsilon: float = 1e-6, **settings: Any) -> None:
         super().__init__(num_features, conditions, epsilon=epsilon, **settings)
 
 
-class AdaLN(nnx.Module):
+class AdaLN(nnx.Module, _calls.Gated, _Modulated):
     """adaLN-Zero (Peebles and Xie, 2023): `ConditionalLayerNorm`, and a gate for what the block makes of its output.
 
     Args:
@@ -479,6 +524,14 @@ class AdaLN(nnx.Module):
       axis: the feature axis.
       epsilon: added to the variance.
       rngs: keys for the initializers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import AdaLN
+      >>> y, gate = AdaLN(2, 5, rngs=nnx.Rngs(0))(jnp.array([[1.0, 3.0]]), jnp.ones((1, 5)))
+      >>> y.round(3).tolist(), gate.tolist()
+      ([[-1.0, 1.0]], [[0.0, 0.0]])
     """
 
     def __init__(
@@ -487,16 +540,8 @@ class AdaLN(nnx.Module):
         self.axis, self.epsilon = axis, epsilon
         self.modulation = _Modulation(conditions, num_features, parts=3, rngs=rngs)
 
-    def __call__(self, x: Array, condition: Array) -> tuple[jax.Array, jax.Array]:
-        """The normalized ``x``; and the gate, zero at first, in a shape that broadcasts against it."""
-        scale, bias, gate = self.modulation(jax.nn.silu(condition))
-        x = jnp.asarray(x)
-        x = x.astype(dtypes.canonicalize_dtype(x, scale))
-        y = jaxnorm.layer_norm(x, scale, bias, axis=self.axis, epsilon=self.epsilon)
-        return y, _axes.expand(gate, (0, self.axis % x.ndim), x.ndim)
 
-
-class FiLM(nnx.Module):
+class FiLM(nnx.Module, _calls.Modulated, _Modulated):
     """Feature-wise linear modulation (Perez et al., 2018): scale and bias from a condition, and no normalization.
 
     Args:
@@ -504,32 +549,38 @@ class FiLM(nnx.Module):
       conditions: the size of the condition.
       axis: the feature axis.
       rngs: keys for the initializers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import FiLM
+      >>> layer = FiLM(1, 1, rngs=nnx.Rngs(0))
+      >>> layer.modulation.dense.kernel[...] = jnp.array([[1.0, 10.0]])  # scale 1 + c, bias 10 c
+      >>> layer(jnp.array([[3.0]]), jnp.array([[1.0]])).tolist()
+      [[16.0]]
     """
 
     def __init__(self, num_features: int, conditions: int, *, axis: int = -1, rngs: nnx.Rngs) -> None:
         self.axis, self.modulation = axis, _Modulation(conditions, num_features, rngs=rngs)
 
-    def __call__(self, x: Array, condition: Array) -> jax.Array:
-        """Modulate ``x`` by ``condition`` of shape ``(batch, conditions)``."""
-        x = jnp.asarray(x)
-        scale, bias = (_axes.expand(v, (0, self.axis % x.ndim), x.ndim) for v in self.modulation(condition))
-        return x * scale + bias
 
-
-class AdaIN(nnx.Module):
+class AdaIN(nnx.Module, _calls.Styled):
     """Adaptive instance normalization (Huang and Belongie, 2017): mean and deviation of a style. Nothing is learned.
 
     Args:
       axis: the feature axis.
       epsilon: added to the variances.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnorm.nnx import AdaIN
+      >>> content, style = jnp.array([[[1.0], [3.0]]]), jnp.array([[[10.0], [30.0], [10.0], [30.0]]])
+      >>> AdaIN(epsilon=0.0)(content, style).tolist()
+      [[[10.0], [30.0]]]
     """
 
     def __init__(self, *, axis: int = -1, epsilon: float = 1e-5) -> None:
         self.axis, self.epsilon = axis, epsilon
-
-    def __call__(self, x: Array, style: Array) -> jax.Array:
-        """The content ``x`` with the statistics of every example and channel of ``style``."""
-        return _layers.adaptive(x, style, self.axis, self.epsilon)
 
 
 class _Standardized:
@@ -552,21 +603,51 @@ class _Standardized:
 
 
 class StandardizedConv(_Standardized, nnx.Conv):
-    """``nnx.Conv`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``."""
+    """``nnx.Conv`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``.
+
+    Args: those of ``nnx.Conv``; gain and bias have the shape ``(out_features,)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import StandardizedConv
+      >>> layer = StandardizedConv(5, 3, (2,), padding="VALID", rngs=nnx.Rngs(0))
+      >>> bool(jnp.allclose(layer(jnp.ones((1, 4, 5))), 0, atol=1e-6))  # the weights of an output sum to zero
+      True
+    """
 
 
 class StandardizedLinear(_Standardized, nnx.Linear):
-    """``nnx.Linear`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``."""
+    """``nnx.Linear`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``.
+
+    Args: those of ``nnx.Linear``; gain and bias have the shape ``(out_features,)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import StandardizedLinear
+      >>> layer = StandardizedLinear(5, 3, rngs=nnx.Rngs(0))
+      >>> bool(jnp.allclose(layer(jnp.ones((1, 5))), 0, atol=1e-6))  # the weights of an output sum to zero
+      True
+    """
 
 
-class StepBatchNorm(_Averaged):
-    """Batch normalization of one time step; begun with a scale of 0.1 and no bias.
+@documented
+class StepBatchNorm(_Averaged, _calls.Averaged):
+    """Batch normalization of one time step (Cooijmans et al., 2017); begun with a scale of 0.1 and no bias.
 
     Args:
-      num_features: how many features, or the shape of the feature axes.
       scale_init: initializer of the scale.
       use_bias: whether there is a bias.
       settings: as of every layer with averages, ``steps`` among them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import StepBatchNorm
+      >>> layer = StepBatchNorm(1, rngs=nnx.Rngs(0))
+      >>> print(layer(jnp.array([[1.0], [3.0]])).round(3).ravel())
+      [-0.1  0.1]
     """
 
     def __init__(
@@ -578,10 +659,6 @@ class StepBatchNorm(_Averaged):
         **settings: Any,
     ) -> None:
         super().__init__(num_features, scale_init=scale_init, use_bias=use_bias, **settings)
-
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> jax.Array:
-        """Normalize ``x``; ``mask`` as in `jaxnorm.standardize`."""
-        return self._average(x, use_running_average=use_running_average, mask=mask)
 
 
 class BatchNormLSTMCell(nnx.Module):
@@ -617,12 +694,28 @@ class BatchNormLSTMCell(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(4 * features))
 
     def __call__(self, carry: tuple[Any, Any], x: Array, mask: Array | None = None) -> tuple[Any, jax.Array]:
-        """One step from ``carry``, cell and hidden state; ``mask`` of shape ``(batch, 1)``."""
+        """One step.
+
+        Args:
+          carry: cell and hidden state, each of shape ``(batch, features)``.
+          x: array of shape ``(batch, in_features)``.
+          mask: broadcasts against ``(batch, 1)``; which sequences are measured in this step. See `jaxnorm.standardize`.
+
+        Returns:
+          The new cell and hidden state, and the hidden state once more, as the output.
+
+        Raises:
+          ValueError: the shapes do not fit.
+        """
         norms = [lambda v, norm=norm: norm(v, mask=mask) for norm in (self.norm_h, self.norm_x, self.norm_c)]
         return _layers.recurrent_step((self.dense_h, self.dense_x), norms, self.bias[...][None], carry, x)
 
     def extend(self, steps: int) -> None:
-        """Continue the averages for so many steps: those beyond the last one seen have its averages."""
+        """Continue the averages: steps beyond the last one seen have its averages, as by `jaxnorm.linen.extend_steps`.
+
+        Args:
+          steps: how many steps there are to be.
+        """
         for norm in (self.norm_h, self.norm_x, self.norm_c):
             stored = {name: getattr(norm, name) for name in ("mean", "var", "count")}
             for name, value in extend_steps({n: v[...] for n, v in stored.items()}, steps).items():
