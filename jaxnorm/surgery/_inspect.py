@@ -90,7 +90,7 @@ class Inspection(NamedTuple):
 
         norms = [norm for norm in self.norms if norm.var is not None]
         places = np.arange(len(norms))
-        figure = Figure(figsize=(4 + 0.3 * len(norms), 7), layout="constrained")
+        figure = Figure(figsize=(max(7.5, 4 + 0.3 * len(norms)), 7), layout="constrained")  # as wide as its titles
         variances, distances = figure.subplots(2, sharex=True)
         low, high = np.array([norm.var for norm in norms], np.float64).reshape(-1, 2).T
         variances.vlines(places, low, high, lw=4)
