@@ -38,6 +38,7 @@ FURTHER = [
     r"test_derivatives.*test_complex\[(group|instance)\]",
     r"test_derivatives.*test_derivatives\[(together-(layer|instance|rms)|alone-(group|instance|rms))\]",
     r"test_derivatives.*test_third_derivative\[together\]",
+    r"test_documents.*code_runs\[docs/(surgery|start|derivation|howto/(less_memory|write_your_own))",
     r"test_examples.*(both_scripts|\[nnx\])",
     r"test_fused.*an_activation_may_close_over_arrays\[(?!batch)",
     r"test_fused.*invertible_derivatives\[(layer|rms|instance|given|batch-arcsinh)",
@@ -62,7 +63,7 @@ FURTHER = [
     r"test_variants.*output_and_gradients\[0.0-plain\]",
 ]
 """Tests whose programs take seconds to compile, and of which `make test` runs a neighbour that tries the same code in
-another combination: slow, as those that are marked so."""
+another combination, or another page in the same way: slow, as those that are marked so."""
 
 
 def pytest_collection_modifyitems(items):
