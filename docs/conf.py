@@ -39,7 +39,6 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!jaxnorm).*")]  # what other libraries define has no page here
 default_role = "py:obj"  # `name` in a docstring
-suppress_warnings = ["toc.empty_glob"]  # of a folder without pages
 
 # Pages and notebooks -------------------------------------------------------------------------------------------------
 

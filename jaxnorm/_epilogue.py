@@ -92,10 +92,10 @@ def hoist(function: Function, *example: Any) -> tuple[Function, tuple[jax.Array,
 
     So that they can be differentiated, as the slope of a PReLU, and the same function be called with others.
     """
-    if function in STATELESS:
-        return function, ()
     if isinstance(function, InvertibleActivation):  # a tuple, to which jax cannot keep a weak reference
         function = function.forward
+    if function in STATELESS:
+        return function, ()
     converted, closed_over = jax.closure_convert(function, *example)
     return converted, tuple(closed_over)
 
