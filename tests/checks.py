@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-compile_quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""``jit`` for what is right or wrong by its formula, however well it is compiled: half of the compiler's time."""
-
-compile_as_written = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
-)
-"""`compile_quickly`, with every rounding to bfloat16 or float16 that was written down."""
+compile_as_written = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+"""``jit``, with every rounding to bfloat16 or float16 that was written down."""
 
 
 def tolerance(dtype, size=1):

@@ -1,13 +1,20 @@
 """What all tests share: simulated devices, strict promotion, one cache of compiled programs, tolerances."""
 
 import atexit
+import gc
 import os
 import re
 import shutil
 import tempfile
+from importlib.metadata import version
 
 DEVICES = 8
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
+if "JAXNORM_OPTIMIZE" not in os.environ:  # a fourth of the compiler's time, for what is right however it is compiled
+    flags.append("--xla_backend_optimization_level=0")
+    if version("jaxlib").startswith("0.10."):  # later ones have no other way
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers, and the processes that tests start, have it from here
     CACHE = tempfile.mkdtemp(prefix="jaxnorm-tests-")
@@ -22,6 +29,8 @@ import pytest  # noqa: E402
 from jaxnorm import _xla  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.freeze()  # what is imported stays, and tracing makes much that goes at once: a tenth of the time
+gc.set_threshold(50_000, 20, 50)
 
 
 def gather_at_most(replicas):
@@ -84,14 +93,6 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """For modules in which programs are many and large, and right or wrong however well they are compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=["together", "alone"])

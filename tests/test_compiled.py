@@ -16,6 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import hlo  # noqa: E402
 
+pytestmark = pytest.mark.optimized
+
 FUSED_SLICE = """
 HloModule m
 %sum (a: f32[], b: f32[]) -> f32[] {

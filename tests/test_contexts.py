@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 REPLICAS = 4
 SHAPE = (16, 6, 5, 3)
 EPSILON = 1e-5

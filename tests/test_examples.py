@@ -20,8 +20,6 @@ sys.path.append(str(EXAMPLES))
 import train_linen  # noqa: E402  # pyright: ignore[reportMissingImports]
 import train_nnx  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 SHORT = {"epochs": 2, "batch_size": 256, "learning_rate": 0.02}
 STEPS, IMAGES = 12, 256 * 64
 

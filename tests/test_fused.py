@@ -8,15 +8,13 @@ import numpy as np
 import oracles
 import pytest
 import test_contexts
-from checks import assert_close, compile_as_written, compile_quickly, tolerance
+from checks import assert_close, compile_as_written, tolerance
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 SHAPE = (6, 4, 5, 4)
 NORMS = {
@@ -290,7 +288,7 @@ def test_an_activation_may_close_over_arrays(rng, norm):
         return jnp.sum(learned(slope)(NORMS[norm](x, scale, bias) + residual) * cotangent)
 
     args = (x, np.float32(0.3), residual)
-    actual, expected = (compile_quickly(jax.value_and_grad(f, (0, 1, 2)))(*args) for f in (inside, outside))
+    actual, expected = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*args) for f in (inside, outside))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(a, np.asarray(e), 480, magnitude=1.0)
     changed = {"slope": np.float32(2.0)}

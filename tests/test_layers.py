@@ -24,8 +24,6 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm import _layers
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NAMES = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
 SHAPE = (4, 6, 5, 8)
 GROUPS = {"num_groups": 4}

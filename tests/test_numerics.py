@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 from jaxnorm._moments import LARGE, NEAR, STRIDE, sample
 
+pytestmark = pytest.mark.optimized
+
 KAPPAS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]
 SHAPES = [(4096, 8), (32, 56, 56, 8)]
 VALID_ROWS = np.array([8, 4, 2, 1])  # of every eight, on each of four replicas

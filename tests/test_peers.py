@@ -22,7 +22,6 @@ import jaxnorm.linen
 import jaxnorm.nnx
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 # One training step of batch normalization: x -> (y, running mean and variance) ----------------------------------------

@@ -11,8 +11,6 @@ from flax import nnx
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 WIDTHS = (8, 16)
 
 

@@ -16,8 +16,6 @@ from jaxnorm.linen import BatchNorm
 from jaxnorm.training import _models
 from jaxnorm.training._functions import averaged
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 STEPS, ROADS = 12, ("jit", "shard_map")
 
 

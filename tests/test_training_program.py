@@ -33,8 +33,6 @@ from jaxnorm.training._checkpoint import Checkpoints
 from jaxnorm.training._interruption import Signals
 from jaxnorm.training._settings import Settings, parse
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # Two epochs of six steps, the last of them on a partial batch.
 TINY = ("--model", "mlp", "--epochs", 2, "--devices", 2, "--batch-size", 256, "--save-every", 4)
 

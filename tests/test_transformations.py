@@ -19,8 +19,6 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 LAYERS, FEATURES = 3, 5
 MOMENTUM = 0.25
 SHAPE = (4, 8, FEATURES)

@@ -13,8 +13,6 @@ import jaxnorm
 import jaxnorm.linen as jl
 import jaxnorm.nnx as jn
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 X = np.random.default_rng(0).standard_normal((8, 3, 4)).astype(np.float32) + 2
 DOMAIN = np.array([0, 1] * 4)
 CONDITION = np.random.default_rng(1).standard_normal((8, 5)).astype(np.float32)

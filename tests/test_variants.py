@@ -10,7 +10,7 @@ import numpy as np
 import oracles as basic
 import oracles_variants as oracles
 import pytest
-from checks import assert_close, compile_quickly
+from checks import assert_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contexts import collectives, mesh_of
@@ -131,7 +131,7 @@ def compiled(masked):
 
         return jax.value_and_grad(loss, tuple(range(1 + len(parameters))), has_aux=True)(x, *parameters)
 
-    return compile_quickly(lambda problems: {name: one(name, *p) for name, p in problems.items()})
+    return jax.jit(lambda problems: {name: one(name, *p) for name, p in problems.items()})
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -324,7 +324,6 @@ CONTEXTS = {
 QUICK = {("grad of shard_map", "groups"), ("jit, sharded batch", None)}
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize(
     ("context", "groups"),
     [
@@ -385,14 +384,14 @@ def test_renorm_lies_between_the_batch_and_the_averages(rng):
     """With bounds of one and zero, batch normalization; where they do not bind, inference. Bounds may be traced."""
     x = rng.standard_normal((6, 4)).astype(np.float32)
     running = jaxnorm.RunningStats(*rng.uniform(0.5, 2, (3, 4)).astype(np.float32))
-    renormalized = compile_quickly(lambda r, d: jaxnorm.batch_renorm(x, running, r_max=r, d_max=d)[0])
+    renormalized = jax.jit(lambda r, d: jaxnorm.batch_renorm(x, running, r_max=r, d_max=d)[0])
     assert_close(renormalized(1.0, 0.0), np.asarray(jaxnorm.batch_norm(x)[0]), size=6)
     assert_close(renormalized(100.0, 100.0), np.asarray(jaxnorm.normalize(x, running)), size=6)
 
 
 def test_split_batch_norm_leaves_alone_what_is_not_there(rng):
     x = rng.standard_normal((6, 4)).astype(np.float32)
-    _, batch = compile_quickly(partial(jaxnorm.split_batch_norm, num_domains=3))(x, np.array([0, 0, 2, 2, 2, 0]))
+    _, batch = jax.jit(partial(jaxnorm.split_batch_norm, num_domains=3))(x, np.array([0, 0, 2, 2, 2, 0]))
     running = jaxnorm.update_running(jaxnorm.init_running((3, 4)), batch, alpha=1.0)
     np.testing.assert_array_equal(running.mean[1], 0)
     np.testing.assert_array_equal(running.var[1], 1)
@@ -401,7 +400,7 @@ def test_split_batch_norm_leaves_alone_what_is_not_there(rng):
 
 def test_an_unknown_domain_has_no_statistics(rng):
     x = rng.standard_normal((4, 2)).astype(np.float32)
-    y, batch = compile_quickly(partial(jaxnorm.split_batch_norm, num_domains=2))(x, np.array([0, 0, 5, -1]))
+    y, batch = jax.jit(partial(jaxnorm.split_batch_norm, num_domains=2))(x, np.array([0, 0, 5, -1]))
     assert_close(y[:2], np.asarray(jaxnorm.batch_norm(x[:2])[0]))
     np.testing.assert_array_equal(y[2:], 0)
     assert_close(batch.count, np.array([[2.0, 2.0], [0.0, 0.0]]))
@@ -472,7 +471,6 @@ def data():
     return np.random.default_rng(0).standard_normal((8, 3, 4)).astype(np.float32)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_scale_and_bias_of_each_example(data):
     """One for each example, as conditional normalization has them: it is what is done to the normalized values."""
     rng = np.random.default_rng(1)
@@ -489,7 +487,6 @@ def test_scale_and_bias_of_each_example(data):
         assert_close(conditioned[name], want, size=16, what=name)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(data, dtype):
     """Statistics and arithmetic in float32: one rounding, of the output."""
@@ -501,7 +498,6 @@ def test_half_precision(data, dtype):
         assert_close(rounded[name], np.asarray(whole[name]), size=24, what=name)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_features_on_another_axis(data):
     moved = np.moveaxis(data, -1, 1)
     names = [n for n in PARAMETERS if n != "standardize_weights"]
@@ -512,7 +508,6 @@ def test_features_on_another_axis(data):
         assert_close(jnp.moveaxis(second[name], 1, -1), np.asarray(last[name]), size=24, what=name)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_activation_and_residual(data):
     """Inside as outside; and the gradient is the same where only the output is kept."""
     residual = np.flip(data).copy()
@@ -536,7 +531,6 @@ def test_activation_and_residual(data):
                 assert_close(a, np.asarray(e), size=8 * 24, what=name)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_what_is_masked_out_may_be_nan(data):
     """It is no part of any statistic, and what its cotangent of zero says is zero."""
     mask = np.ones((8, 3, 1), bool)
@@ -600,7 +594,7 @@ def test_a_normalization_that_is_not_in_the_package():
     replicated = jax.shard_map(
         loss, mesh=mesh_of(REPLICAS), in_specs=(data, P(), P(), data, data), out_specs=(P(), data)
     )
-    step = compile_quickly(jax.value_and_grad(replicated, (0, 1, 2), has_aux=True))
+    step = jax.jit(jax.value_and_grad(replicated, (0, 1, 2), has_aux=True))
     (_, y), gradients = step(x, scale, bias, mask, cotangent)
     arguments = [a.astype(float) for a in (x, scale, bias)]
     oracle = lambda *a: batch_group_norm_oracle(*a, mask, EPSILON)  # noqa: E731
