@@ -98,6 +98,7 @@ def test_both_scripts_train_the_same_network():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("script", [train_linen, train_nnx], ids=["linen", "nnx"])
 def test_the_whole_script_reaches_its_accuracy(script, tmp_path):
     state, history = script.train(tmp_path)

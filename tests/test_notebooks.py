@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import FASTER_TO_COMPILE
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
@@ -26,7 +27,7 @@ def this_python(monkeypatch, tmp_path):
     write_kernel_spec(tmp_path / "kernels" / "python3")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", FASTER_TO_COMPILE)
     return "python3"
 
 

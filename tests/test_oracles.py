@@ -11,8 +11,6 @@ from checks import assert_close, compile_as_written, pairwise, tolerance
 
 import jaxnorm
 
-pytestmark = pytest.mark.optimized
-
 NORMS = ["batch", "layer", "rms", "group", "instance"]
 DTYPES = ["float16", "bfloat16", "float32"]
 

@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import pytest
 from checks import assert_close
+from conftest import FASTER_TO_COMPILE
 from jax.sharding import AxisType
 
 from jaxnorm import Moments, training
@@ -444,8 +445,7 @@ def test_processes_with_other_settings_refuse_to_start(monkeypatch):
 
 
 def command(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    environment = {**os.environ, "XLA_FLAGS": FASTER_TO_COMPILE, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return {"args": [sys.executable, "-m", "jaxnorm.training", *map(str, arguments)], "env": environment}
 
 
