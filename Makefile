@@ -14,9 +14,10 @@ train: $(INSTALLED)
 # compiled quickly for what is right however they are compiled, and as users' are for the rest. One of the two may find no
 # test that ARGS picks (exit status 5).
 tests = $(1)/bin/python -m pytest -n auto --dist worksteal
+NONE_OPTIMIZED = jaxnorm $(shell grep -L mark.optimized tests/test_*.py)
 define run_tests
 $(call tests,$(VENV)) -m "$(1)not optimized" $(ARGS) || [ $$? -eq 5 ]
-JAXNORM_OPTIMIZE=1 $(call tests,$(VENV)) -m "$(1)optimized" $(ARGS) || [ $$? -eq 5 ]
+JAXNORM_OPTIMIZE=1 $(call tests,$(VENV)) -m "$(1)optimized" $(NONE_OPTIMIZED:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
 endef
 
 test: $(INSTALLED)
@@ -51,11 +52,13 @@ docs: $(VENV)/documents
 	$(BIN)/python docs/check.py docs/_build/html
 
 # The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.
-# Not what depends on no version: arithmetic against NumPy in float64, messages, files, the command line, documents, peers.
-OF_NO_VERSION := oracles numerics running variants errors data training_program documents docs_links peers references
+# Not what depends on no version: arithmetic against NumPy in float64, messages, files, the command line, documents, peers;
+# nor the examples in docstrings.
+OF_NO_VERSION := oracles numerics derivatives running variants errors data training_program documents docs_links peers \
+	references surgery_convert surgery_inspect
 
 test-newest: .venv-newest/installed
-	$(call tests,.venv-newest) -m "not slow" $(OF_NO_VERSION:%=--ignore=tests/test_%.py) $(ARGS)
+	$(call tests,.venv-newest) tests -m "not slow" $(OF_NO_VERSION:%=--ignore=tests/test_%.py) $(ARGS)
 
 test-oldest: .venv-oldest/installed
 	$(call tests,.venv-oldest) -m "not slow" $(ARGS)

@@ -438,7 +438,7 @@ def trainable_mask(model: nnx.Module) -> nnx.State:
       True or False, in the structure of ``nnx.state(model, nnx.Param)``.
 
     Raises:
-      Nothing of its own: what is no NNX module fails in Flax.
+      TypeError: ``model`` is not a module.
 
     Example:
       >>> import jax
@@ -449,6 +449,8 @@ def trainable_mask(model: nnx.Module) -> nnx.State:
       >>> jax.tree.leaves(trainable_mask(model))  # bias and kernel, then bias and scale
       [True, True, False, False]
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"trainable_mask: model must be an nnx.Module; got {type(model).__name__}.")
     still = {
         (*path, name)
         for path, layer in nnx.iter_modules(model)
