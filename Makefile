@@ -1,4 +1,6 @@
-# Every target installs what it needs into a virtual environment, once.
+# Every target installs what it needs into a virtual environment, once; without compiling every module there, which takes
+# most of the time: Python compiles those that are imported.
+export PIP_COMPILE := 0
 
 PYTHON ?= python3
 VENV := .venv
