@@ -169,6 +169,12 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=200).print(table)
 
 
+def save(path: Path, versions: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Write what there is, after every row: the next may take ten minutes to compile."""
+    lines = ",\n".join(map(json.dumps, rows))
+    path.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
+
+
 def main() -> None:
     """Compile, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,15 +191,14 @@ def main() -> None:
         chip = target.rpartition("-")[0] or target
         rows = by_chip.setdefault(chip, [])
         for case in settings.cases or BY_DEFAULT.get(target, ("replicas",)):
+            before = len(rows)
             try:
-                found = [{"target": target, **row} for row in CASES[case](target)]
+                for row in CASES[case](target):
+                    rows.append({"target": target, **row})
+                    save(settings.out / f"compiled-{chip}.json", versions, rows)
             except targets.NotInstalledError as error:
                 sys.exit(str(error))
-            show(f"{case} for {target}", found)
-            rows += found
-            lines = ",\n".join(map(json.dumps, rows))  # after each case: the next may take an hour
-            text = f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n'
-            (settings.out / f"compiled-{chip}.json").write_text(text)
+            show(f"{case} for {target}", rows[before:])
 
 
 if __name__ == "__main__":
