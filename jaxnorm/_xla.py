@@ -192,13 +192,15 @@ def _spread_tangent(how, primals, tangents):
 
     # Where several parts read the cotangent times a derivative that takes the data to compute, XLA would compute that
     # once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads. But
-    # that of a residual is stored anyway, and is that of what is added, too.
+    # that of a residual is stored anyway, and is that of what is added, too. On a TPU the convolution before computes
+    # it as it writes the cotangent: with barriers a ResNet-50 would move 8 % more, in 211 kernels more.
     own = [arrays]
     stored_anyway = not is_zero(t_data[-1])
 
     def behind_a_barrier():
         if how.after is not None:
-            own.append(lax.optimization_barrier(own[-1]))
+            chosen = {"tpu": lambda v: v, "default": lax.optimization_barrier}  # of which the types differ: no branches
+            own.append(by_platform(own[-1], differentiated=False, **chosen))
         return own[-1]
 
     first, parts = behind_a_barrier(), []

@@ -180,9 +180,12 @@ def test_every_result_has_a_command():
     assert files == {path.name for path in RESULTS.iterdir()}
 
 
-def test_the_tables_of_networks_are_the_results():
-    found = {(row["case"], row["contender"]): row for row in results("compiled-h200")["rows"] if "case" in row}
-    table = list(rows_of("benchmarks.md", "| bytes, of Flax's"))
+@pytest.mark.parametrize(
+    ("first", "chip"), [("| bytes, of Flax's", "h200"), ("| v5e: bytes, of Flax's", "tpu-v5e")], ids=["h200", "tpu-v5e"]
+)
+def test_the_tables_of_networks_are_the_results(first, chip):
+    found = {(row["case"], row["contender"]): row for row in results(f"compiled-{chip}")["rows"] if "case" in row}
+    table = list(rows_of("benchmarks.md", first))
     assert table
     for name, ratio, kernels, temporaries, of_flax in table:
         case, _, contender = name.rpartition(": ")
