@@ -41,7 +41,7 @@ def test_notebook_runs(path, this_python):
     """Without an exception or a warning; and the outputs in the file are of the same kinds, cell by cell."""
     stored, notebook = (nbformat.read(path, as_version=4) for _ in range(2))
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=180, kernel_name=this_python, resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name=this_python, resources=resources).execute()
     for old, new in zip(code_cells(stored), code_cells(notebook), strict=True):
         assert kinds(old) == kinds(new), new.source
         assert ("stream", "stderr") not in kinds(new), new.source

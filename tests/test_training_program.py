@@ -459,12 +459,12 @@ def processes(out, *arguments, count=2):
 
 
 def ended(running):
-    printed = [process.communicate(timeout=240)[0] for process in running]
+    printed = [process.communicate(timeout=600)[0] for process in running]
     return [process.returncode for process in running], "\n".join(printed)
 
 
 def wait_for_metrics(out, process):
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         if process.poll() is not None:
             pytest.fail(process.communicate()[0])
