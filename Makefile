@@ -85,4 +85,4 @@ $(VENV)/documents: $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest docs/_build docs/notebooks
+	rm -rf .venv .venv-newest .venv-oldest .venv-tpu docs/_build docs/notebooks

@@ -192,8 +192,8 @@ def _spread_tangent(how, primals, tangents):
 
     # Where several parts read the cotangent times a derivative that takes the data to compute, XLA would compute that
     # once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads. But
-    # that of a residual is stored anyway, and is that of what is added, too. On a TPU the convolution before computes
-    # it as it writes the cotangent: with barriers a ResNet-50 would move 8 % more, in 211 kernels more.
+    # that of a residual is stored anyway, and is that of what is added, too. On a TPU a ResNet-50 moves 8 % more with
+    # barriers, in 211 kernels more (`benchmarks/compile_report.py --targets tpu-v5e-1 --cases resnet`).
     own = [arrays]
     stored_anyway = not is_zero(t_data[-1])
 
