@@ -1,6 +1,8 @@
 # Every target installs what it needs into a virtual environment, once; without compiling every module there, which takes
-# most of the time: Python compiles those that are imported.
+# most of the time: Python compiles those that are imported, and keeps them. Were it told not to, as containers often do,
+# each process of the tests would take three times as long to start.
 export PIP_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
 VENV := .venv

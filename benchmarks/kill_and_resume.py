@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from jaxnorm.training._report import read_metrics
 
-SETTINGS = ["--model", "mlp", "--epochs", "10", "--devices", "2", "--save-every", "5"]
+SETTINGS = ["--model", "mlp", "--epochs", "5", "--devices", "2", "--save-every", "5"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
