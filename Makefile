@@ -72,9 +72,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --editable ".[dev]"
 	touch $@
 
-$(VENV)/documents: $(INSTALLED)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --editable ".[docs]"
-	touch $@
+# All at once: pip builds the project anew each time.
+$(VENV)/documents: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --editable ".[dev,docs]"
+	touch $(INSTALLED) $@
 
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest

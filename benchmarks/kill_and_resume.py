@@ -3,7 +3,7 @@
     python benchmarks/kill_and_resume.py --attempts 20
 
 For each of SIGKILL, SIGTERM and SIGINT, each attempt starts a run that writes a checkpoint every five steps, sends it
-the signal at a random moment after its first step, and lets a resumed run finish. Then a run writes to a disk with
+the signal in a random step, at a random moment of it, and lets a resumed run finish. Then a run writes to a disk with
 room for one checkpoint (where one can be mounted), ends in one line, is given room, and finishes. Parameters, running
 averages and optimizer state must be equal bit by bit, and so must all metrics.
 """
@@ -29,22 +29,23 @@ import orbax.checkpoint as ocp
 from jaxnorm.training._report import read_metrics
 
 SETTINGS = ["--model", "mlp", "--epochs", "5", "--devices", "2", "--save-every", "5"]
+SECONDS = 0.1
+"""What a step may take, and what is done after some."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def start(out: Path, *more: str) -> subprocess.Popen[str]:
+def start(out: Path) -> subprocess.Popen[str]:
     """A run that goes on from what is in ``out``, if anything is."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "jaxnorm.training", *SETTINGS, "--out", str(out), "--resume", *more]
+    command = [sys.executable, "-m", "jaxnorm.training", *SETTINGS, "--out", str(out), "--resume"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(kind: str, out: Path, process: subprocess.Popen[str]) -> float:
-    """Wait until the metrics of a run have such a record, or it ended; the time of that."""
+def wait_for(step: int, out: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has recorded so many steps, or ended."""
     metrics = out / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and f'"{kind}"' in metrics.read_text()):
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= step):
         time.sleep(0.01)
-    return time.perf_counter()
 
 
 def finish(out: Path) -> tuple[Any, list[dict[str, Any]]]:
@@ -70,10 +71,10 @@ def check_same(actual: tuple[Any, list], expected: tuple[Any, list]) -> None:
     assert actual[1] == expected[1], "metrics differ"
 
 
-def interrupt(number: signal.Signals, out: Path, seconds: float) -> str:
-    """Start a run, send it a signal so many seconds after its first step; say how it ended."""
+def interrupt(number: signal.Signals, out: Path, step: int, seconds: float) -> str:
+    """Start a run, send it a signal so many seconds after a step; say how it ended."""
     process = start(out)
-    wait_for("train", out, process)
+    wait_for(step, out, process)
     time.sleep(seconds)
     process.send_signal(number)
     _, printed = process.communicate(timeout=600)
@@ -127,14 +128,15 @@ def main() -> None:
     chance = random.Random(settings.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        process = start(folder / "undisturbed")
-        began, ended = (wait_for(kind, folder / "undisturbed", process) for kind in ("train", "result"))
-        process.communicate()
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         expected = finish(folder / "undisturbed")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"  # what is killed must not leave half a program
+        steps = [record["step"] for record in expected[1] if record["kind"] == "train"]
         for number in SIGNALS:
             for attempt in range(settings.attempts):
                 out = folder / f"{number.name}-{attempt}"
-                how = interrupt(number, out, chance.uniform(0, ended - began))
+                how = interrupt(number, out, chance.choice(steps), chance.uniform(0, SECONDS))
                 check_same(finish(out), expected)
                 print(f"{number.name} {attempt + 1}: {how}; resumed, the same", flush=True)
         print(f"a full disk: {fill_the_disk(folder / 'disk', expected)}", flush=True)

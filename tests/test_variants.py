@@ -257,13 +257,18 @@ def each_replica(moments):
 SPECS = (P("data"), P(), P(), *(P("data"),) * 3)
 
 
-def jit_sharded(args, groups, axis_type=AxisType.Auto):
-    args = jax.device_put(args, tuple(NamedSharding(mesh_of(REPLICAS, axis_type), s) for s in SPECS))
-    (_, (outputs, moments)), gradients = jax.jit(jax.value_and_grad(loss_of({}), (0, 1, 2), has_aux=True))(*args)
-    return outputs, each_replica(moments), gradients
+def jit_sharded(groups, axis_type=AxisType.Auto):
+    grad = jax.jit(jax.value_and_grad(loss_of({}), (0, 1, 2), has_aux=True))
+
+    def run(*args):
+        args = jax.device_put(args, tuple(NamedSharding(mesh_of(REPLICAS, axis_type), s) for s in SPECS))
+        (_, (outputs, moments)), gradients = grad(*args)
+        return outputs, each_replica(moments), gradients
+
+    return run
 
 
-def shard_map_grad_inside(args, groups, check_vma):
+def shard_map_grad_inside(groups, check_vma):
     def step(*args):
         grad = jax.value_and_grad(loss_of({"axis_name": "data", "axis_index_groups": groups}), (0, 1, 2), has_aux=True)
         (_, (outputs, moments)), (d_x, *d_parameters) = grad(*args)
@@ -278,10 +283,10 @@ def shard_map_grad_inside(args, groups, check_vma):
         out_specs=(P("data"), P("data"), (P("data"), P(), P())),
         check_vma=check_vma,
     )
-    return jax.jit(mapped)(*args)
+    return jax.jit(mapped)
 
 
-def shard_map_grad_outside(args, groups, check_vma):
+def shard_map_grad_outside(groups, check_vma):
     def per_replica(*args):
         loss, (outputs, moments) = loss_of({"axis_name": "data", "axis_index_groups": groups})(*args)
         return jax.lax.psum(loss, "data"), outputs, jax.tree.map(lambda m: m[None], moments)
@@ -298,17 +303,28 @@ def shard_map_grad_outside(args, groups, check_vma):
         total, *aux = mapped(*args)
         return total, aux
 
-    (_, (outputs, moments)), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*args)
-    return outputs, moments, gradients
+    grad = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    def run(*args):
+        (_, (outputs, moments)), gradients = grad(*args)
+        return outputs, moments, gradients
+
+    return run
 
 
-def mapped(args, groups, transform):
+def mapped(groups, transform):
     grad = jax.value_and_grad(loss_of({"axis_name": "data", "axis_index_groups": groups}), (0, 1, 2), has_aux=True)
-    args = [a.reshape(REPLICAS, -1, *a.shape[1:]) if s == P("data") else a for a, s in zip(args, SPECS, strict=True)]
-    axes = tuple(0 if s == P("data") else None for s in SPECS)
-    (_, (outputs, moments)), (d_x, *d_parameters) = transform(grad, axis_name="data", in_axes=axes)(*args)
-    outputs, d_x = jax.tree.map(lambda v: v.reshape(BATCH), (outputs, d_x))
-    return outputs, moments, (d_x, *(d.sum(0) for d in d_parameters))
+    grad = transform(grad, axis_name="data", in_axes=tuple(0 if s == P("data") else None for s in SPECS))
+
+    def run(*args):
+        split = [
+            a.reshape(REPLICAS, -1, *a.shape[1:]) if s == P("data") else a for a, s in zip(args, SPECS, strict=True)
+        ]
+        (_, (outputs, moments)), (d_x, *d_parameters) = grad(*split)
+        outputs, d_x = jax.tree.map(lambda v: v.reshape(BATCH), (outputs, d_x))
+        return outputs, moments, (d_x, *(d.sum(0) for d in d_parameters))
+
+    return run
 
 
 CONTEXTS = {
@@ -334,8 +350,9 @@ QUICK = {("grad of shard_map", "groups"), ("jit, sharded batch", None)}
     ],
 )
 def test_context(context, groups):
+    run = CONTEXTS[context](GROUPS if groups else None)
     for masked in (False, True):
-        outputs, moments, gradients = CONTEXTS[context](replicated_problem(masked), GROUPS if groups else None)
+        outputs, moments, gradients = run(*replicated_problem(masked))
         y, of_replicas, expected_gradients, largest = expected(masked, groups)
         for name in NAMES:
             assert_close(outputs[name], y[name], size=24 * 2, what=f"{context}, {name}")
