@@ -1,6 +1,6 @@
 # Every target installs what it needs into a virtual environment, once; without compiling every module there, which takes
 # most of the time: Python compiles those that are imported, and keeps them. Were it told not to, as containers often do,
-# each process of the tests would take three times as long to start.
+# each process of the tests would take more than twice as long to start.
 export PIP_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 

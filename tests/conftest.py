@@ -9,7 +9,7 @@ import tempfile
 from importlib.metadata import version
 
 DEVICES = 8
-# Three fourths of the compiler's time, and nearly the same speed; later versions have the emitters only.
+# A notebook takes a fifth to a third less of the processor; later versions have the emitters only.
 FASTER_TO_COMPILE = "--xla_backend_optimization_level=1"
 if version("jaxlib").startswith("0.10."):
     FASTER_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
