@@ -14,25 +14,20 @@ INSTALLED := $(VENV)/installed
 train: $(INSTALLED)
 	$(BIN)/python -m jaxnorm.training $(ARGS)
 
-# Neighbouring tests stay together, and share what was compiled; idle workers take over what is left. Twice: programs are
-# compiled quickly for what is right however they are compiled, and as users' are for the rest. One of the two may find no
-# test that ARGS picks (exit status 5).
+# Neighbouring tests stay together, and share what was compiled; idle workers take over what is left.
 tests = $(1)/bin/python -m pytest -n auto --dist worksteal
-NONE_OPTIMIZED = jaxnorm $(shell grep -L mark.optimized tests/test_*.py)
-define run_tests
-$(call tests,$(VENV)) -m "$(1)not optimized" $(ARGS) || [ $$? -eq 5 ]
-JAXNORM_OPTIMIZE=1 $(call tests,$(VENV)) -m "$(1)optimized" $(NONE_OPTIMIZED:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
-endef
 
 test: $(INSTALLED)
-	$(call run_tests,not slow and )
+	$(call tests,$(VENV)) -m "not slow" $(ARGS)
 
-# The slow ones too: every combination of settings, processes that are killed, the notebooks.
-test-all: $(INSTALLED)
-	$(call run_tests)
-
+# More combinations, processes that are killed, the notebooks. Programs are compiled quickly here and above; then, of what
+# is about rounding, memory or long runs, everything as users' programs are. One of the two may find no test that ARGS
+# picks (exit status 5).
 test-slow: $(INSTALLED)
-	$(call run_tests,slow and )
+	$(call tests,$(VENV)) -m "slow and not optimized" $(ARGS) || [ $$? -eq 5 ]
+	JAXNORM_OPTIMIZE=1 $(call tests,$(VENV)) tests -m optimized $(ARGS) || [ $$? -eq 5 ]
+
+test-all: test test-slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -80,12 +75,12 @@ $(VENV)/documents: pyproject.toml constraints.txt
 
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -qq --upgrade --editable ".[dev]"
+	.venv-newest/bin/python -m pip install -qq --upgrade --editable ".[test]"
 	touch $@
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	PIP_CONSTRAINT=constraints-oldest.txt .venv-oldest/bin/python -m pip install -qq --editable ".[dev]"
+	PIP_CONSTRAINT=constraints-oldest.txt .venv-oldest/bin/python -m pip install -qq --editable ".[test]"
 	touch $@
 
 clean:

@@ -172,7 +172,9 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def save(path: Path, versions: dict[str, str], rows: list[dict[str, Any]]) -> None:
     """Write what there is, after every row: the next may take ten minutes to compile."""
     lines = ",\n".join(map(json.dumps, rows))
-    path.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
+    unfinished.replace(path)
 
 
 def main() -> None:

@@ -186,10 +186,10 @@ def measure(
         return about_mean(x)
     on_chip = about_known if x.dtype == jnp.bfloat16 else about_sample
     if rows:
-        return by_platform(x, differentiated=False, tpu=on_chip, default=about_mean)
+        return by_platform(x, while_tracing=True, tpu=on_chip, default=about_mean)
     large = all(isinstance(size, int) for size in x.shape) and x.size >= LARGE
     on_cpu = about_zero_first if large and (differentiated or conditional) else about_sample
-    return by_platform(x, differentiated=differentiated, cpu=on_cpu, default=on_chip)
+    return by_platform(x, while_tracing=not differentiated, cpu=on_cpu, default=on_chip)
 
 
 Total = Callable[..., tuple[jax.Array, ...]]

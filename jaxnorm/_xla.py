@@ -30,13 +30,13 @@ def is_zero(tangent: Any) -> bool:
     return tangent is None or isinstance(tangent, SymbolicZero) or tangent.dtype == float0
 
 
-def by_platform(*args: Any, differentiated: bool, default: Function, **platforms: Function) -> Any:
+def by_platform(*args: Any, while_tracing: bool, default: Function, **platforms: Function) -> Any:
     """What ``platforms`` have for the platform that the program is compiled for, of ``args``.
 
-    Of what nobody differentiates, for the platform that is known while tracing, that of the mesh or the default one:
-    converters of jaxprs do not know of platforms.
+    Chosen ``while_tracing``, it is the platform of the mesh or the default one. What nobody differentiates is chosen
+    so: converters of jaxprs do not know of platforms.
     """
-    if differentiated:
+    if not while_tracing:
         return lax.platform_dependent(*args, default=default, **platforms)
     meshes = (jax.typeof(a).sharding.mesh for a in jax.tree.leaves(args))
     devices = [d for d in (getattr(m, "abstract_device", None) for m in meshes) if d is not None]
@@ -137,7 +137,7 @@ def total(function: Function, axes: tuple[int, ...], *data: Any, differentiated:
     default = partial(added, axes)
     if not one_cpu():
         return default(*data)
-    return by_platform(*data, differentiated=differentiated, default=default, cpu=on_cpu)
+    return by_platform(*data, while_tracing=not differentiated, default=default, cpu=on_cpu)
 
 
 class Map(NamedTuple):
@@ -200,7 +200,7 @@ def _spread_tangent(how, primals, tangents):
     def behind_a_barrier():
         if how.after is not None:
             chosen = {"tpu": lambda v: v, "default": lax.optimization_barrier}  # of which the types differ: no branches
-            own.append(by_platform(own[-1], differentiated=False, **chosen))
+            own.append(by_platform(own[-1], while_tracing=True, **chosen))
         return own[-1]
 
     first, parts = behind_a_barrier(), []

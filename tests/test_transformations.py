@@ -114,7 +114,8 @@ def run_jit(interface, x):
 
 def run_vmap(interface, x):
     state, step, averages = interface("r")
-    y, state = jax.vmap(step, axis_name="r", in_axes=(None, 0), out_axes=(0, None))(state, x)
+    mapped = jax.vmap(step, axis_name="r", in_axes=(None, 0), out_axes=(0, None))
+    y, state = jax.jit(mapped)(state, x)
     return y, *averages(state)
 
 
@@ -122,7 +123,7 @@ def run_nested_vmap(interface, x):
     state, step, averages = interface(("a", "b"))
     options = {"in_axes": (None, 0), "out_axes": (0, None)}
     step = jax.vmap(jax.vmap(step, axis_name="b", **options), axis_name="a", **options)
-    y, state = step(state, x.reshape(2, 2, *x.shape[1:]))
+    y, state = jax.jit(step)(state, x.reshape(2, 2, *x.shape[1:]))
     return y.reshape(x.shape), *averages(state)
 
 
@@ -169,7 +170,7 @@ def run_grad(interface, x):
         y, state = step(state, x)
         return jnp.sum(jnp.sin(y)), (y, state)
 
-    gradient, (y, state) = jax.grad(loss, has_aux=True)(x, state)
+    gradient, (y, state) = jax.jit(jax.grad(loss, has_aux=True))(x, state)
     assert_close(gradient, exact_gradient(x), x.size)
     return y, *averages(state)
 
@@ -215,23 +216,24 @@ class Doubling(nn.Module):
 
 def linen_scan(x):
     stack = nn.scan(Doubling, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=LAYERS)
-    variables = stack().init(jax.random.key(0), x)
-    (y, _), updates = stack().apply(variables, x, mutable="batch_stats")
+    variables = jax.jit(stack().init)(jax.random.key(0), x)
+    (y, _), updates = jax.jit(partial(stack().apply, mutable="batch_stats"))(variables, x)
     stats = updates["batch_stats"]["norm"]
-    inference, _ = stack(train=False).apply({**variables, **updates}, x)  # flax issue 3602: immutable collections
+    # Flax issue 3602: immutable collections.
+    inference, _ = jax.eval_shape(stack(train=False).apply, {**variables, **updates}, x)
     assert inference.shape == x.shape
     return y, stats["mean"], stats["var"]
 
 
 def linen_remat(x):
     layer = nn.remat(jaxnorm.linen.BatchNorm)(use_running_average=False, momentum=MOMENTUM)
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
 
     def loss(x):
         y, updates = layer.apply(variables, x, mutable="batch_stats")
         return jnp.sum(jnp.sin(y)), (y, updates["batch_stats"])
 
-    gradient, (y, stats) = jax.grad(loss, has_aux=True)(jnp.asarray(x))
+    gradient, (y, stats) = jax.jit(jax.grad(loss, has_aux=True))(x)
     assert_close(gradient, exact_gradient(x), x.size)
     return y, stats["mean"], stats["var"]
 
@@ -245,9 +247,10 @@ def linen_vmap(x, names=("a",)):
         )
     layer = layer(use_running_average=False, momentum=MOMENTUM, axis_name=names)
     folded = x if len(names) == 1 else x.reshape(2, 2, *x.shape[1:])
-    variables = layer.init(jax.random.key(0), folded)
-    y, updates = layer.apply(variables, folded, mutable="batch_stats")
-    again, _ = layer.apply({**variables, **updates}, folded, mutable="batch_stats")
+    variables = jax.jit(layer.init)(jax.random.key(0), folded)
+    apply = jax.jit(partial(layer.apply, mutable="batch_stats"))
+    y, updates = apply(variables, folded)
+    again, _ = apply({**variables, **updates}, folded)
     assert_close(again, np.asarray(y), x.size)
     return y.reshape(x.shape), updates["batch_stats"]["mean"], updates["batch_stats"]["var"]
 

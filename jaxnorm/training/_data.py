@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits as sklearn_digits
-from sklearn.model_selection import train_test_split
 
 from jaxnorm.training._failure import Failure
 
@@ -44,10 +42,12 @@ class Split(NamedTuple):
 
 def load_digits(*, seed: int = 0) -> tuple[Split, Split]:
     """The handwritten digits that come with scikit-learn: 1437 images for training and 360 for testing, 8x8 pixels."""
-    pixels, targets = sklearn_digits(return_X_y=True)
+    from sklearn import datasets, model_selection  # here, for it takes two seconds that other data need not wait for
+
+    pixels, targets = datasets.load_digits(return_X_y=True)
     images = (np.asarray(pixels, np.float32) / 16).reshape(-1, 8, 8, 1)
     labels = np.asarray(targets, np.int32)
-    parts = train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)
+    parts = model_selection.train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)
     train_images, test_images, train_labels, test_labels = map(np.asarray, parts)
     return Split(train_images, train_labels), Split(test_images, test_labels)
 
