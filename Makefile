@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: train test test-all test-slow test-optimized lint format docs package test-newest test-oldest clean
+.PHONY: train test test-all test-slow test-optimized test-interrupted lint format docs package test-newest test-oldest clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m jaxnorm.training $(ARGS)
@@ -24,9 +24,13 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(call tests,$(VENV)) -m "slow and not optimized" $(ARGS)
 
-# Programs are compiled quickly above; here, of what is about rounding, memory or long runs, as users' programs are.
+# The targets above compile without optimization; this one as for users, what is about rounding, memory or long runs.
 test-optimized: $(INSTALLED)
-	JAXNORM_OPTIMIZE=1 $(call tests,$(VENV)) tests -m optimized $(ARGS)
+	JAXNORM_OPTIMIZE=1 $(call tests,$(VENV)) -m optimized $(ARGS)
+
+# Each signal ends a training, which then goes on to the same bits.
+test-interrupted: $(INSTALLED)
+	$(BIN)/python benchmarks/kill_and_resume.py --attempts 1
 
 test-all: test test-slow test-optimized
 

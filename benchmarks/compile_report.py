@@ -170,7 +170,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def save(path: Path, versions: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Write what there is, after every row: the next may take ten minutes to compile."""
+    """Write what there is, after every row and never by half: the next may take ten minutes to compile."""
     lines = ",\n".join(map(json.dumps, rows))
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')

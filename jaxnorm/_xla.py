@@ -33,8 +33,8 @@ def is_zero(tangent: Any) -> bool:
 def by_platform(*args: Any, while_tracing: bool, default: Function, **platforms: Function) -> Any:
     """What ``platforms`` have for the platform that the program is compiled for, of ``args``.
 
-    Chosen ``while_tracing``, it is the platform of the mesh or the default one. What nobody differentiates is chosen
-    so: converters of jaxprs do not know of platforms.
+    Chosen ``while_tracing``, it is the platform of the mesh or the default one, and the program has no branches, which
+    converters of jaxprs do not know.
     """
     if not while_tracing:
         return lax.platform_dependent(*args, default=default, **platforms)

@@ -337,13 +337,13 @@ CONTEXTS = {
     "pmap": partial(mapped, transform=partial(jax.pmap, devices=jax.devices()[:REPLICAS])),
     "vmap": partial(mapped, transform=lambda *args, **kw: jax.jit(jax.vmap(*args, **kw))),
 }
+QUICK = ("grad of shard_map", "groups")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "groups"),
     [
-        pytest.param(c, g, id=f"{c}-{g or 'all'}")
+        pytest.param(c, g, id=f"{c}-{g or 'all'}", marks=[] if (c, g) == QUICK else pytest.mark.slow)
         for c in CONTEXTS
         for g in (None, "groups")
         if not (g and c.startswith("jit"))

@@ -5,12 +5,16 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxnorm.training._failure import Failure
+
+if find_spec("sklearn") is None:  # said when this is imported, as of all else that the extra brings
+    raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
 DATA = ("digits", "mnist", "cifar10", "synthetic")
 # How other formats, and IDX files of the other sort, give themselves away: where, by which bytes.
@@ -42,7 +46,7 @@ class Split(NamedTuple):
 
 def load_digits(*, seed: int = 0) -> tuple[Split, Split]:
     """The handwritten digits that come with scikit-learn: 1437 images for training and 360 for testing, 8x8 pixels."""
-    from sklearn import datasets, model_selection  # here, for it takes two seconds that other data need not wait for
+    from sklearn import datasets, model_selection  # takes two seconds, for which other data need not wait
 
     pixels, targets = datasets.load_digits(return_X_y=True)
     images = (np.asarray(pixels, np.float32) / 16).reshape(-1, 8, 8, 1)
