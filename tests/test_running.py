@@ -70,6 +70,16 @@ def test_never_poisoned_by_what_the_averages_cannot_hold():
             np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("field", Moments._fields)
+def test_never_poisoned_by_one_field(field, poison):
+    """An infinite count would stay in the averages, as mean and variance would."""
+    running = jaxnorm.init_running(1)
+    batch = Moments(*jnp.ones((3, 1)))._replace(**{field: jnp.array([poison])})
+    for new, old in zip(jaxnorm.update_running(running, batch, alpha=0.1), running, strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("alpha", [0.1, 1.0, None])
 @pytest.mark.parametrize("kind", ["empty", "masked", "zero weights"])
