@@ -181,6 +181,15 @@ def test_constant_features(value):
     assert np.isfinite(np.asarray(y)).all()
 
 
+@pytest.mark.parametrize("weight", [None, 0.3], ids=["plain", "weights"])
+def test_variances_of_constants_are_not_negative(rng, weight):
+    """The mean of the squares, less the square of the mean, rounds to either side of zero."""
+    constants = (rng.standard_normal(2000) * 10.0 ** rng.uniform(-3, 5, 2000)).astype(np.float32)
+    x = np.tile(constants, (5000, 1))
+    batch = jaxnorm.moments(x, 0, mask=None if weight is None else np.full((5000, 1), weight, np.float32))
+    assert (np.asarray(batch.var) >= 0).all()
+
+
 def test_merge_moments_of_any_counts(rng):
     parts = [draw(rng, (n, 5), 1e5) for n in (1, 7, 0, 300, 2)]
     merge = jax.jit(jaxnorm.merge_moments)
