@@ -30,7 +30,7 @@ from jaxnorm.training._report import read_metrics
 
 SETTINGS = ["--model", "mlp", "--epochs", "5", "--devices", "2", "--save-every", "5"]
 SECONDS = 0.1
-"""What a step may take, and what is done after some."""
+"""After a step, a signal comes within this time: more than a step takes, so that what is between steps is hit too."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 

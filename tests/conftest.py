@@ -105,8 +105,8 @@ FURTHER = [
     r"test_variants.*(on_the_number_of_devices\[jit|half_precision\[float16|features_on_another_axis)",
     r"test_variants.*output_and_gradients\[(?!10000.0-masked)",
 ]
-"""The tests that take longest, alone or in sum: slow, as those marked so. Of each `make test` runs a neighbour, which
-tries the same code in another combination, or another page in the same way; but not of whole trainings."""
+"""The tests that take longest, alone or in sum: slow, as those marked so. Of most `make test` runs a neighbour, which
+tries the same code in another combination, or another page in the same way; not of whole trainings."""
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,7 +3,9 @@
 import gzip
 import pickle
 import re
+import runpy
 import struct
+import sys
 import tarfile
 
 import numpy as np
@@ -376,3 +378,11 @@ def test_batches_of_the_processes_are_the_batches_of_one(count, process_count, s
 def test_batches_errors_come_with_the_call(data, arguments, message):
     with pytest.raises(ValueError, match=f"batches: {message}"):
         batches(data, **{"batch_size": 8} | arguments)
+
+
+def test_without_scikit_learn_the_package_says_what_to_install(monkeypatch):
+    """At its import, though the digits alone want it."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "jaxnorm.training._data")
+    with pytest.raises(ModuleNotFoundError, match=r'needs sklearn, .*: pip install "jaxnorm\[training\]"'):
+        runpy.run_path(training.__file__)
