@@ -26,7 +26,7 @@ from jaxnorm._axes import statistics_dtype
 from jaxnorm._epilogue import Function, applied, identity
 from jaxnorm._moments import Statistics, abs_sq, apply_weights, divisor, measure, measured
 from jaxnorm._replicas import Replicas, vary
-from jaxnorm._xla import Map, is_zero, recomputed, spread, sum_over
+from jaxnorm._xla import Map, apart, is_zero, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 _policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
@@ -148,6 +148,11 @@ def _affine(x, residual, center, offset, multiplier, scale, constant) -> jax.Arr
     return z if residual is None else z + residual
 
 
+def _folded(offset, rstd, scale, bias):
+    multiplier = rstd * scale
+    return multiplier, bias if offset is None else bias - offset * multiplier
+
+
 def normalized(how: How, read: Function, data, stored, statistics, scale, bias, epsilon, closed_over) -> jax.Array:
     """``(x - mean) / sqrt(var + epsilon) * scale + bias``, then the epilogue; of what has no values, ``bias``."""
     count, center, offset, var = statistics
@@ -161,8 +166,9 @@ def normalized(how: How, read: Function, data, stored, statistics, scale, bias, 
     small = (offset, rstd, scale, bias)
     if jnp.broadcast_shapes(rstd.shape, scale.shape) != data[0].shape:  # their product is smaller than the data
         offset, rstd, scale, bias = vary(small)
-        multiplier = rstd * scale
-        small = (None, multiplier, None, bias if offset is None else bias - offset * multiplier)
+        folded = _folded if how.plain else apart(_folded)
+        multiplier, bias = folded(offset, rstd, scale, bias)
+        small = (None, multiplier, None, bias)
     small, further = vary((small, closed_over), *data)
     after = None if how.activation is identity else partial(applied, how.activation)
     function = spread.fun if how.plain else spread

@@ -71,7 +71,7 @@ def test_jet(rng, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_what_nobody_differentiates_is_plain(rng, norm):
+def test_what_nobody_differentiates_is_plain(compiled, rng, norm):
     """No choice of a platform, no checkpoint, no barrier, which converters to other formats do not know."""
     used = primitives(jax.make_jaxpr(NORMS[norm])(*draw(rng, (8, 6, 6, 4))).jaxpr)
     assert "rsqrt" in used or "sqrt" in used
