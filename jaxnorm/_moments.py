@@ -136,8 +136,7 @@ def measure(
     - Chips take ``near``, a point that is known, or zero, for bfloat16 data. Rounding to eight bits has changed its
       variance by ``2^-19 (mean / std)^2`` already, and sums in float32 about zero change it by less.
     - Rows that lie in one piece and that nobody differentiates can be held by a kernel of a GPU or a CPU, read again,
-      and normalized too. So K is the mean there, but on a CPU for bfloat16 data, of which it costs a fifth of the time.
-      And it is the mean with weights, by which a sample could be empty.
+      and normalized too. So K is the mean there, and so it is with weights, by which a sample could be empty.
     """
     rows = axes == (x.ndim - 1,) and not differentiated
     dtype = statistics_dtype(x.dtype)
@@ -185,11 +184,9 @@ def measure(
         return Statistics(count, zero, zero, second / divisor(count))
     if weights is not None:
         return about_mean(x)
-    bfloat16 = x.dtype == jnp.bfloat16
-    on_chip = about_known if bfloat16 else about_sample
+    on_chip = about_known if x.dtype == jnp.bfloat16 else about_sample
     if rows:
-        on_cpu = about_known if bfloat16 else about_mean
-        return by_platform(x, while_tracing=True, tpu=on_chip, cpu=on_cpu, default=about_mean)
+        return by_platform(x, while_tracing=True, tpu=on_chip, default=about_mean)
     large = all(isinstance(size, int) for size in x.shape) and x.size >= LARGE
     on_cpu = about_zero_first if large and (differentiated or conditional) else about_sample
     return by_platform(x, while_tracing=not differentiated, cpu=on_cpu, default=on_chip)
