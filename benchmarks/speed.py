@@ -6,8 +6,8 @@ Forward and training step (forward, and gradients of input, scale and bias) of e
 within one process; medians and quartiles of many runs. Beside them, the time in which the device copies the input: a
 forward pass cannot take less, a step not less than 2.5 of it.
 
-The allocator of glibc is told to keep what it has, and runs this again. It would otherwise give large arrays back to the
-system, and a copy of 51 MB, say, take five times as long as the copying.
+It runs itself again with glibc's allocator told to keep what it has, which would otherwise give large arrays back to
+the system: a copy of 51 MB, say, took five times as long as the copying.
 """
 
 import argparse
@@ -29,10 +29,11 @@ from rich.progress import track
 from rich.table import Table
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or PyTorch's threads would spin while others are timed
-KEEPING = {"MALLOC_MMAP_THRESHOLD_": 2**32, "MALLOC_TRIM_THRESHOLD_": 2**34, "MALLOC_TOP_PAD_": 2**28}  # mallopt(3)
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": 2**32, "MALLOC_TRIM_THRESHOLD_": 2**34, "MALLOC_TOP_PAD_": 2**28}  # mallopt(3)
 
 
 def jax_runner(norm: str, kind: str, shape: tuple[int, ...], dtype: str, name: str):

@@ -188,6 +188,32 @@ def spread(how: Map, data: Any, stored: Any, small: tuple[Any, ...], further: tu
 
 @partial(spread.defjvp, symbolic_zeros=True)
 def _spread_tangent(how, primals, tangents):
+    tangent = _by_parts
+    if how.after is not None:
+        tangent = by_platform(primals, while_tracing=True, cpu=lambda _: _in_turn, default=lambda _: _by_parts)
+    return spread(how, *primals), tangent(how, primals, tangents)
+
+
+def _in_turn(how, primals, tangents):
+    """The tangent of the affine map, then that of what comes after.
+
+    XLA's sums on a CPU do not compute a comparison as they read, as in the derivative of a ReLU: each would store the
+    cotangent that it sums, in float32. So it is stored once, in the dtype of the result.
+    """
+    _, stored, small, further = primals
+    before = how._replace(after=None)
+
+    def after(t, stored, small, further):
+        z = before(how.read(*stored), small, ()).astype(how.dtype)
+        t = [jnp.zeros_like(v) if t is None else t for v, t in zip((z, *further), t, strict=True)]
+        return jax.jvp(how.after, (z, *further), tuple(t))[1].astype(how.dtype)
+
+    t = _by_parts(before, (*primals[:3], ()), (*tangents[:3], ()))
+    return recomputed(after)([None if is_zero(v) else v for v in (t, *tangents[3])], stored, small, further)
+
+
+def _by_parts(how, primals, tangents):
+    """The tangent as the sum of what each of the tangents contributes; None of nothing."""
     data, stored, *arrays = primals
     t_data, _, *t_arrays = tangents
     wide = data[0].dtype
@@ -226,7 +252,7 @@ def _spread_tangent(how, primals, tangents):
                 shared = stored_anyway and (place, n) == (0, len(ts) - 1)
                 part = partial(along, place, n)
                 parts.append(_part(part, how.dtype, t, stored, *(first if shared else behind_a_barrier())))
-    return spread(how, *primals), reduce(jnp.add, parts).astype(how.dtype)
+    return reduce(jnp.add, parts).astype(how.dtype) if parts else None
 
 
 def _part(function: Function, dtype: Any, t: jax.Array, *rest: Any) -> jax.Array:

@@ -9,7 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+
+import jaxnorm
+from jaxnorm import _xla
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -123,10 +127,10 @@ def test_of_a_conditional_the_cheaper_branch_counts(text):
 
 
 def test_a_compiled_conditional():
-    x = jax.numpy.ones((1000, 64))
+    x = jnp.ones((1000, 64))
 
     def guarded(x):
-        return jax.lax.cond(x[0, 0] > 0, lambda x: x, lambda x: jax.numpy.cumsum(jax.numpy.sin(x), 0), x)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x, lambda x: jnp.cumsum(jnp.sin(x), 0), x)
 
     text = jax.jit(guarded).lower(x).compile().as_text()
     assert " conditional(" in text
@@ -138,8 +142,8 @@ def test_what_stays_on_the_chip_moves_nothing():
 
 
 def test_the_counter_on_a_compiled_program():
-    x = jax.numpy.ones((1000, 64))
-    text = jax.jit(lambda x: jax.numpy.sin(x) + 1).lower(x).compile().as_text()
+    x = jnp.ones((1000, 64))
+    text = jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile().as_text()
     assert counted(text) == (2 * x.nbytes, 1, Counter())
 
 
@@ -196,7 +200,7 @@ def test_traffic(target, tmp_path):
                 assert ours["bytes"] <= 4 + 3 * SLICE + 0.0005 + 48 * SMALL, (norm, kind, dtype)
             # Nothing is copied to float32. What is, are the sums: two sizes of bfloat16.
             in_turn = kind == "step" and norm in ("group", "instance")
-            partial = PARTIAL * 4 / jax.numpy.dtype(dtype).itemsize if in_turn else 0
+            partial = PARTIAL * 4 / jnp.dtype(dtype).itemsize if in_turn else 0
             assert ours["temporaries"] <= 2 * partial + 0.005, (norm, kind, dtype)
             if kind == "step":
                 floor = 13 if norm == "layer" else 10
@@ -211,6 +215,32 @@ def test_traffic(target, tmp_path):
         assert rows["batch", "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 3.1
         for norm in ("layer", "rms"):
             assert rows[norm, "forward", "bfloat16"]["jaxnorm"]["bytes"] <= 2.05
+
+
+@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("silu", False)])
+def test_an_activation_inside_costs_no_more_on_a_cpu(monkeypatch, activation, residual):
+    """A step of a batch norm that is told of its activation moves what it does with the activation outside, or less."""
+    x = jax.ShapeDtypeStruct((64, 56, 56, 64), jnp.bfloat16)
+
+    def inside(x, r):
+        return jaxnorm.batch_norm(x, activation=activation, residual=r if residual else None)[0]
+
+    def outside(x, r):
+        y = jaxnorm.batch_norm(x)[0]
+        return getattr(jax.nn, activation)(y + r if residual else y)
+
+    def moved(norm):
+        def step(x, r, dy):
+            y, pullback = jax.vjp(norm, x, r)
+            y, dy = jax.lax.optimization_barrier((y, dy))
+            return y, pullback(dy)
+
+        jax.clear_caches()
+        return counted(jax.jit(step).lower(x, x, x).compile().as_text()).bytes
+
+    monkeypatch.setattr(_xla, "one_cpu", lambda: True)
+    assert moved(inside) <= 1.01 * moved(outside)
+    jax.clear_caches()
 
 
 NETWORKS = [("tpu-v5e-1", "small"), *(("h200-1", case) for case in ("small", "epilogues", "blocks"))]

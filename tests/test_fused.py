@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
+from jaxnorm import _xla
 
 SHAPE = (6, 4, 5, 4)
 NORMS = {
@@ -41,6 +42,19 @@ def draw(rng, dtype=np.float32):
     x, residual, cotangent = (rng.standard_normal(SHAPE) for _ in range(3))
     scale, bias = (rng.uniform(0.5, 1.5, SHAPE[-1]) * rng.choice([-1, 1], SHAPE[-1]) for _ in range(2))
     return tuple(np.asarray(a, dtype) for a in (2 * x + 30, scale, bias, residual, cotangent))
+
+
+@pytest.fixture(params=["in turn", "by parts"])
+def differentiated(request):
+    """An activation is differentiated after the norm, as on a CPU, or with each part of its derivative, as on chips."""
+    if request.param == "in turn":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_xla, "_in_turn", _xla._by_parts)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("invertible", [False, True], ids=["", "invertible"])
@@ -88,6 +102,21 @@ def test_invertible_derivatives(rng, x64, norm, activation):
             np.testing.assert_allclose(a, e, rtol=0, atol=1e-11 * max(1, np.abs(e).max()), err_msg=mode)
 
 
+@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
+def test_both_ways_of_the_derivative(rng, x64, monkeypatch, activation):
+    """Forward, reverse and forward over reverse in float64: by parts and in turn, invertible or not."""
+    args = draw(rng, np.float64)
+    direction = tuple(rng.standard_normal(a.shape) for a in args[:4])
+    in_turn = derivatives("batch", args, activation in UNDONE, activation, direction)
+    monkeypatch.setattr(_xla, "_in_turn", _xla._by_parts)
+    jax.clear_caches()
+    by_parts = derivatives("batch", args, activation in UNDONE, activation, direction)
+    jax.clear_caches()
+    for mode, expected in in_turn.items():
+        for a, e in zip(by_parts[mode], expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=0, atol=1e-11 * max(1, np.abs(e).max()), err_msg=mode)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("norm", ["batch", "layer", "group"])
 def test_invertible_gradients_are_exact_to_the_dtype(rng, norm, dtype):
@@ -122,7 +151,7 @@ def test_invertible_in_context(rng, monkeypatch, context):
 
 @pytest.mark.parametrize("invertible", [False, True], ids=["", "invertible"])
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-def test_collectives(rng, check_vma, invertible):
+def test_collectives(differentiated, rng, check_vma, invertible):
     """Activation, residual and recovery add none: one forward, one backward."""
     args = test_contexts.sharded_arguments(4, test_contexts.problem(rng, False))
 
@@ -277,7 +306,7 @@ def learned(slope):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_an_activation_may_close_over_arrays(rng, norm):
+def test_an_activation_may_close_over_arrays(differentiated, rng, norm):
     """Which are differentiated, traced or not, and seen anew at each call."""
     x, scale, bias, residual, cotangent = draw(rng)
 
