@@ -169,7 +169,7 @@ def normalized(how: How, read: Function, data, stored, statistics, scale, bias, 
         folded = apart(_folded) if how.axes and not how.plain else _folded
         multiplier, bias = folded(offset, rstd, scale, bias)
         small = (None, multiplier, None, bias)
-    small, further = vary((small, closed_over), *data)
+    small = vary(small, *data)  # what the activation closes over it varies by itself
     after = None if how.activation is identity else partial(applied, how.activation)
     function = spread.fun if how.plain else spread
-    return function(Map(read, _affine, after, how.dtype), data, stored, (center, *small), further)
+    return function(Map(read, _affine, after, how.dtype), data, stored, (center, *small), closed_over)

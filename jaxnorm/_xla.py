@@ -237,10 +237,13 @@ def _by_parts(how, primals, tangents):
     own = [arrays]
     stored_anyway = not is_zero(t_data[-1])
 
+    def barrier(arrays):
+        small, further = arrays  # in one barrier all would vary over the replicas over which one of them does
+        return [lax.optimization_barrier(small), tuple(map(lax.optimization_barrier, further))]
+
     def behind_a_barrier():
-        if how.after is not None:
-            chosen = {"tpu": lambda v: v, "default": lax.optimization_barrier}  # of which the types differ: no branches
-            own.append(by_platform(own[-1], while_tracing=True, **chosen))
+        if how.after is not None:  # the types differ: no branches
+            own.append(by_platform(own[-1], while_tracing=True, tpu=lambda v: v, default=barrier))
         return own[-1]
 
     first, parts = behind_a_barrier(), []

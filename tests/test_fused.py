@@ -327,6 +327,37 @@ def test_an_activation_may_close_over_arrays(differentiated, rng, norm):
     np.testing.assert_array_equal(y[1], 2 * y[0])
 
 
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_replicas_share_what_an_activation_closes_over(differentiated, rng, check_vma):
+    """Under shard_map: a slope that all replicas have, and its derivative."""
+    x = rng.standard_normal(SHAPE).astype(np.float32)
+
+    def derivatives(x, slope):
+        def loss(x, slope):
+            y = jaxnorm.batch_norm(x, activation=learned(slope), **replicas)[0]
+            return total(jnp.sum(jnp.sin(y) * x))
+
+        return jax.grad(loss, (0, 1))(x, slope)
+
+    replicas, total = {}, lambda v: v
+    expected = jax.jit(derivatives)(x, np.float32(0.3))
+    replicas = {"axis_name": "data"}
+    if check_vma:  # the gradient of what all replicas have is summed over them
+        total = partial(jax.lax.psum, axis_name="data")
+    specs, mesh = (P("data"), P()), test_contexts.mesh_of(2)
+    out = specs if check_vma else (P("data"), P("data"))
+    mapped = jax.shard_map(
+        lambda x, slope: jax.tree.map(lambda g: g if g.ndim or check_vma else g[None], derivatives(x, slope)),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=out,
+        check_vma=check_vma,
+    )
+    of_x, of_slope = jax.jit(mapped)(x, np.float32(0.3))
+    for a, e in zip((of_x, jnp.sum(of_slope)), expected, strict=True):
+        assert_close(a, np.asarray(e), 480, magnitude=1.0)
+
+
 def test_a_learned_inverse(rng):
     """An `InvertibleActivation` may close over arrays as well: of forward and of inverse."""
     x, scale, bias, residual, cotangent = draw(rng)
