@@ -7,7 +7,7 @@ within one process; medians and quartiles of many runs. Beside them, the time in
 forward pass cannot take less, a step not less than 2.5 of it.
 
 It runs itself again with glibc's allocator told to keep what it has, which would otherwise give large arrays back to
-the system: a copy of 51 MB, say, took five times as long as the copying.
+the system after every run: that can take longer than the run.
 """
 
 import argparse

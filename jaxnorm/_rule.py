@@ -166,6 +166,7 @@ def normalized(how: How, read: Function, data, stored, statistics, scale, bias, 
     small = (offset, rstd, scale, bias)
     if jnp.broadcast_shapes(rstd.shape, scale.shape) != data[0].shape:  # their product is smaller than the data
         offset, rstd, scale, bias = vary(small)
+        # Of statistics given nothing is reduced: inference stays one kernel.
         folded = apart(_folded) if how.axes and not how.plain else _folded
         multiplier, bias = folded(offset, rstd, scale, bias)
         small = (None, multiplier, None, bias)

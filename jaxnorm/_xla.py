@@ -107,8 +107,8 @@ def outlined(function: Function) -> Function:
 def apart(function: Function) -> Function:
     """``function`` of small arrays, which XLA computes, and its derivative, before any of them is spread over the data.
 
-    It would compute it for every value, and read all of its arguments there: with a thousand features or more, which
-    the nearest cache does not hold beside the data, that takes a seventh of the time of a map.
+    It would compute it for every value, and read all of its arguments there: with a thousand features or more the
+    nearest cache does not hold those beside the data.
     """
     if not one_cpu():
         return function

@@ -240,8 +240,9 @@ def test_an_activation_inside_costs_no_more_on_a_cpu(monkeypatch, activation, re
         return counted(jax.jit(step).lower(x, x, x).compile().as_text()).bytes
 
     monkeypatch.setattr(_xla, "one_cpu", lambda: True)
-    assert moved(inside) <= 1.01 * moved(outside)
+    told, not_told = moved(inside), moved(outside)
     jax.clear_caches()
+    assert told <= 1.01 * not_told
 
 
 NETWORKS = [("tpu-v5e-1", "small"), *(("h200-1", case) for case in ("small", "epilogues", "blocks"))]

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import re
+import statistics
 from pathlib import Path
 from unittest import SkipTest
 
@@ -218,6 +219,21 @@ def test_the_table_of_times_is_the_results():
         case = summary["step" if name == "all" else f"step, {name.replace('RMS', 'rms').replace(' norm', '')}"]
         libraries = ("flax.linen", "flax.nnx", "haiku", "equinox", "torch", "torch, channels first")
         assert figures == [f"{case[n]['geometric mean']:.2f}" if n in case else "" for n in libraries], name
+
+
+def test_what_is_said_of_times_is_the_results():
+    rows, page = results("speed-cpu")["quartiles of milliseconds"], (DOCS / "benchmarks.md").read_text()
+
+    def without_rms(kind):
+        times = [row["ms"] for row in rows if row["kind"] == kind and row["norm"] != "rms" and "torch" in row["ms"]]
+        return statistics.geometric_mean(ms["torch"][1] / ms["jaxnorm"][1] for ms in times)
+
+    of_forward = {n: f"{v['geometric mean']:.2f}" for n, v in results("speed-cpu")["summary"]["forward"].items()}
+    text = " ".join(page.split())
+    assert f"without it {without_rms('step'):.2f}." in text
+    assert f"A forward pass alone is {of_forward['flax.linen']} times as fast as flax.linen's" in text
+    assert f"{of_forward['torch']} times as fast as PyTorch's with channels last ({without_rms('forward'):.2f}" in text
+    assert f"and {of_forward['torch, channels first']} with channels first" in text
 
 
 # The site ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Activation, residual and the invertible mode: values, gradients, what is kept, in every mapped context."""
 
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import jax
@@ -44,17 +45,23 @@ def draw(rng, dtype=np.float32):
     return tuple(np.asarray(a, dtype) for a in (2 * x + 30, scale, bias, residual, cotangent))
 
 
-@pytest.fixture(params=["in turn", "by parts"])
-def differentiated(request):
-    """An activation is differentiated after the norm, as on a CPU, or with each part of its derivative, as on chips."""
-    if request.param == "in turn":
-        yield
-        return
+@contextmanager
+def by_parts():
+    """An activation is differentiated with each part of the norm's derivative, as on chips, not after it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_xla, "_in_turn", _xla._by_parts)
         jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
+
+
+@pytest.fixture(params=["in turn", "by parts"])
+def differentiated(request):
+    """As on a CPU, and as on chips."""
+    with by_parts() if request.param == "by parts" else nullcontext():
         yield
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("invertible", [False, True], ids=["", "invertible"])
@@ -103,17 +110,15 @@ def test_invertible_derivatives(rng, x64, norm, activation):
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
-def test_both_ways_of_the_derivative(rng, x64, monkeypatch, activation):
+def test_both_ways_of_the_derivative(rng, x64, activation):
     """Forward, reverse and forward over reverse in float64: by parts and in turn, invertible or not."""
     args = draw(rng, np.float64)
     direction = tuple(rng.standard_normal(a.shape) for a in args[:4])
-    in_turn = derivatives("batch", args, activation in UNDONE, activation, direction)
-    monkeypatch.setattr(_xla, "_in_turn", _xla._by_parts)
-    jax.clear_caches()
-    by_parts = derivatives("batch", args, activation in UNDONE, activation, direction)
-    jax.clear_caches()
-    for mode, expected in in_turn.items():
-        for a, e in zip(by_parts[mode], expected, strict=True):
+    expected = derivatives("batch", args, activation in UNDONE, activation, direction)
+    with by_parts():
+        actual = derivatives("batch", args, activation in UNDONE, activation, direction)
+    for mode in expected:
+        for a, e in zip(actual[mode], expected[mode], strict=True):
             np.testing.assert_allclose(a, e, rtol=0, atol=1e-11 * max(1, np.abs(e).max()), err_msg=mode)
 
 
@@ -332,30 +337,22 @@ def test_replicas_share_what_an_activation_closes_over(differentiated, rng, chec
     """Under shard_map: a slope that all replicas have, and its derivative."""
     x = rng.standard_normal(SHAPE).astype(np.float32)
 
-    def derivatives(x, slope):
+    def gradients(x, slope, total=lambda v: v, **replicas):
         def loss(x, slope):
-            y = jaxnorm.batch_norm(x, activation=learned(slope), **replicas)[0]
+            y, _ = jaxnorm.batch_norm(x, activation=learned(slope), **replicas)
             return total(jnp.sum(jnp.sin(y) * x))
 
-        return jax.grad(loss, (0, 1))(x, slope)
+        of_x, of_slope = jax.grad(loss, (0, 1))(x, slope)
+        return of_x, of_slope[None]
 
-    replicas, total = {}, lambda v: v
-    expected = jax.jit(derivatives)(x, np.float32(0.3))
-    replicas = {"axis_name": "data"}
-    if check_vma:  # the gradient of what all replicas have is summed over them
-        total = partial(jax.lax.psum, axis_name="data")
-    specs, mesh = (P("data"), P()), test_contexts.mesh_of(2)
-    out = specs if check_vma else (P("data"), P("data"))
-    mapped = jax.shard_map(
-        lambda x, slope: jax.tree.map(lambda g: g if g.ndim or check_vma else g[None], derivatives(x, slope)),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=out,
-        check_vma=check_vma,
-    )
-    of_x, of_slope = jax.jit(mapped)(x, np.float32(0.3))
-    for a, e in zip((of_x, jnp.sum(of_slope)), expected, strict=True):
-        assert_close(a, np.asarray(e), 480, magnitude=1.0)
+    # Checked, jax sums the gradient of what all replicas have; unchecked, each gives its own share.
+    total = partial(jax.lax.psum, axis_name="data") if check_vma else lambda v: v
+    step = partial(gradients, total=total, axis_name="data")
+    outputs, mesh = (P("data"), P() if check_vma else P("data")), test_contexts.mesh_of(2)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P("data"), P()), out_specs=outputs, check_vma=check_vma)
+    args = x, np.float32(0.3)
+    for a, e in zip(jax.jit(mapped)(*args), jax.jit(gradients)(*args), strict=True):
+        assert_close(a if a.ndim > 1 else a.sum(keepdims=True), np.asarray(e), 480, magnitude=1.0)
 
 
 def test_a_learned_inverse(rng):
