@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from jaxnorm.training._report import read_metrics
 
-SETTINGS = ["--model", "mlp", "--epochs", "5", "--devices", "2", "--save-every", "5"]
+SETTINGS = ["--model", "mlp", "--epochs", "3", "--devices", "2", "--save-every", "5"]
 SECONDS = 0.1
 """After a step, a signal comes within this time: more than a step takes, so that what is between steps is hit too."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -33,8 +33,8 @@ def assert_close(actual, expected, size=1, magnitude=0.0, what=""):
     assert error <= allowed, f"{what}: error {error:.3g} exceeds {allowed:.3g}"
 
 
-def pairwise(*factors, without=lambda *values: False):
-    """Parameters of all combinations but those ``without``; slow, but for enough that any two values meet.
+def pairwise(*factors, without=lambda *values: False, beyond=lambda *values: True):
+    """Parameters of combinations, but those ``without``: enough that any two values meet, and slow ones ``beyond``.
 
     Each factor maps the name of a value to the value. Combinations are chosen greedily, by how many pairs of values
     that did not meet before they bring together.
@@ -57,4 +57,5 @@ def pairwise(*factors, without=lambda *values: False):
             *(v for _, v in c), id="-".join(str(n) for n, _ in c), marks=[] if i in quick else pytest.mark.slow
         )
         for i, c in enumerate(combinations)
+        if i in quick or beyond(*(v for _, v in c))
     ]

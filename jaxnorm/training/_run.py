@@ -100,7 +100,7 @@ class Run:
         self.steps = math.ceil(len(self.train.labels) / settings.batch_size)
         total = settings.epochs * self.steps
         schedule = optax.cosine_onecycle_schedule(max(total, 4), settings.learning_rate)
-        self.rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))
+        self.rates = np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total)))
         self.model = _models.make_model(
             settings.model,
             num_classes=_data.num_classes(self.train, self.test),

@@ -265,6 +265,12 @@ def make_measure_step(model: nn.Module | nnx.Module, mesh: Mesh) -> Callable[[Tr
     return step
 
 
+@jax.jit
+def _together(some: tuple[Metrics, Any], others: tuple[Metrics, Any]) -> tuple[Metrics, Any]:
+    """What two measurements of different batches make together."""
+    return jax.tree.map(jnp.add, some[0], others[0]), merged(some[1], others[1])
+
+
 def measure(
     measure_step: Callable[[TrainState, Batch], tuple[Metrics, Any]], state: TrainState, data: Iterable[Batch]
 ) -> tuple[Metrics, Any]:
@@ -273,11 +279,10 @@ def measure(
     Raises:
       ValueError: no batches.
     """
-    merge = jax.jit(lambda a, b: (jax.tree.map(jnp.add, a[0], b[0]), merged(a[1], b[1])))
     total = None
     for batch in data:
         measured = measure_step(state, batch)
-        total = measured if total is None else merge(total, measured)
+        total = measured if total is None else _together(total, measured)
     if total is None:
         raise ValueError("measure: data must hold at least one batch; got none.")
     return total
