@@ -136,6 +136,23 @@ def test_half_precision_is_one_rounding(rng, dtype, mean, std):
     np.testing.assert_allclose(batch.var, var[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [5, 1000, 40_000])
+def test_rows_in_bfloat16(rng, length):
+    """Any mean: of values, of constants, of all but one constant, of two that are large."""
+    rows = [mean + std * rng.standard_normal(length) for mean, std in ((0, 1), (3, 1), (-300, 1), (7e4, 200), (0.1, 3))]
+    rows += [np.full(length, value) for value in (0.1, 1234.5, -3e5)]
+    rows += [np.where(np.arange(length) == length // 3, 1.01, 1) * value for value in (7.0, 1e5)]
+    rows += [np.where(np.arange(length) < 2, 1e6, rng.standard_normal(length))]
+    x = jnp.asarray(np.stack(rows), jnp.bfloat16)
+    y = np.asarray(jax.jit(jaxnorm.layer_norm)(x), np.float64)
+    mean, var = exact(np.asarray(x, np.float64), (1,))
+    expected = (np.asarray(x, np.float64) - mean) / np.sqrt(var + 1e-6)
+    largest = np.maximum(np.abs(expected), 1e-2).max(1, keepdims=True)
+    error = np.abs(y - expected)
+    bound = (2.0**-8 + 2.0**-12) * np.abs(expected) + 2.0**-13 * largest  # a rounding to eight bits, and of the rest
+    assert (error <= bound).all(), (error / bound).max(1)
+
+
 @pytest.mark.parametrize("axes", range(1, 7))
 @pytest.mark.parametrize("size", [2, 4, 9, 40])
 def test_a_sample_is_as_large_as_it_says(axes, size):
