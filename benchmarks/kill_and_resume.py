@@ -2,10 +2,10 @@
 
     python benchmarks/kill_and_resume.py --attempts 20
 
-For each of SIGKILL, SIGTERM and SIGINT, each attempt starts a run that writes a checkpoint every five steps, sends it
-the signal in a random step, at a random moment of it, and lets a resumed run finish. Then a run writes to a disk with
-room for one checkpoint (where one can be mounted), ends in one line, is given room, and finishes. Parameters, running
-averages and optimizer state must be equal bit by bit, and so must all metrics.
+Each attempt starts a run that writes a checkpoint every five steps, and resumes it until it has had each of SIGKILL,
+SIGTERM and SIGINT, in random order, each in a random step, at a random moment of it; then the run may finish. Another
+run writes to a disk with room for one checkpoint (where one can be mounted), ends in one line, is given room, and
+finishes. Parameters, running averages and optimizer state must be equal bit by bit, and so must all metrics.
 """
 
 import argparse
@@ -41,11 +41,10 @@ def start(out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(step: int, out: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has recorded so many steps, or ended."""
+def lines(out: Path) -> list[str]:
+    """The whole lines of a run's metrics."""
     metrics = out / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= step):
-        time.sleep(0.01)
+    return metrics.read_text().split("\n")[:-1] if metrics.exists() else []
 
 
 def finish(out: Path) -> tuple[Any, list[dict[str, Any]]]:
@@ -72,9 +71,15 @@ def check_same(actual: tuple[Any, list], expected: tuple[Any, list]) -> None:
 
 
 def interrupt(number: signal.Signals, out: Path, step: int, seconds: float) -> str:
-    """Start a run, send it a signal so many seconds after a step; say how it ended."""
-    process = start(out)
-    wait_for(step, out, process)
+    """Start a run, send it a signal so many seconds after a step, or its first if that is later; say how it ended."""
+    before, process = len(lines(out)), start(out)
+
+    def reached(line: str) -> bool:
+        record = json.loads(line)
+        return record["kind"] == "train" and record["step"] >= step
+
+    while process.poll() is None and not any(map(reached, lines(out)[before:])):
+        time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(number)
     _, printed = process.communicate(timeout=600)
@@ -121,7 +126,7 @@ def fill_the_disk(folder: Path, expected: tuple[Any, list]) -> str:
 def main() -> None:
     """Read the arguments and try."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attempts", type=int, default=20, help="for each signal")
+    parser.add_argument("--attempts", type=int, default=20, help="each with all of the signals")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)  # the states read back are laid out over as many
@@ -133,14 +138,17 @@ def main() -> None:
         expected = finish(folder / "undisturbed")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"  # what is killed must not leave half a program
         steps = [record["step"] for record in expected[1] if record["kind"] == "train"]
-        for number in SIGNALS:
-            for attempt in range(settings.attempts):
-                out = folder / f"{number.name}-{attempt}"
-                how = interrupt(number, out, chance.choice(steps), chance.uniform(0, SECONDS))
-                check_same(finish(out), expected)
-                print(f"{number.name} {attempt + 1}: {how}; resumed, the same", flush=True)
+        for attempt in range(settings.attempts):
+            out, order = folder / f"{attempt}", chance.sample(SIGNALS, len(SIGNALS))
+            part = len(steps) // (len(order) + 1)  # a signal may come a few steps late, and all are to find it running
+            for i, number in enumerate(order):
+                step = chance.choice(steps[i * part : (i + 1) * part])
+                how = interrupt(number, out, step, chance.uniform(0, SECONDS))
+                print(f"{attempt + 1}, {number.name}: {how}", flush=True)
+            check_same(finish(out), expected)
+            print(f"{attempt + 1}: resumed, the same", flush=True)
         print(f"a full disk: {fill_the_disk(folder / 'disk', expected)}", flush=True)
-    print(f"{settings.attempts} of each signal: every final state and metric equal to the undisturbed run's")
+    print(f"{settings.attempts} times each signal: every final state and metric equal to the undisturbed run's")
 
 
 if __name__ == "__main__":

@@ -250,12 +250,41 @@ def _by_parts(how, primals, tangents):
     if not all(map(is_zero, t_data)):
         parts.append(recomputed(along_data)([None if is_zero(t) else t for t in t_data], stored, *first))
     for place, ts in enumerate(t_arrays):
-        for n, t in enumerate(ts):
-            if not is_zero(t):
-                shared = stored_anyway and (place, n) == (0, len(ts) - 1)
-                part = partial(along, place, n)
-                parts.append(_part(part, how.dtype, t, stored, *(first if shared else behind_a_barrier())))
+        changed = [n for n, t in enumerate(ts) if not is_zero(t)]
+        shared = len(ts) - 1 if place == 0 and stored_anyway else None
+        args = [ts[n] for n in changed], stored, [first if n == shared else behind_a_barrier() for n in changed]
+        functions = [partial(along, place, n) for n in changed]
+        separate = partial(_separately, functions, how.dtype)
+        if place == 0 and _are_a_pair(args[0]):
+            paired = partial(_paired, functions, data[0].shape)
+            parts.append(recomputed(partial(by_platform, while_tracing=False, cuda=paired, default=separate))(*args))
+        elif changed:
+            parts.append(separate(*args))
     return reduce(jnp.add, parts).astype(how.dtype) if parts else None
+
+
+def _separately(functions, dtype, ts, stored, arrays):
+    """The sum of what each function makes of its tangent."""
+    return reduce(jnp.add, (_part(f, dtype, t, stored, *own) for f, t, own in zip(functions, ts, arrays, strict=True)))
+
+
+def _are_a_pair(ts):
+    return len(ts) == 2 and ts[0].shape == ts[1].shape and not any(map(jnp.iscomplexobj, ts))
+
+
+def _paired(functions, shape, ts, stored, arrays):
+    """The same of two tangents that are made the parts of a complex one: in the transpose, a single sum over the data.
+
+    A cotangent that two sums read XLA for GPUs computes and stores first, if that takes more than a comparison; for
+    one sum it computes it as it reads. With a SiLU outside of the norm that is 11 passes over the data or 8
+    (`benchmarks/compile_report.py --targets h200-1 --cases epilogues`).
+    """
+
+    def both(t, stored, *arrays):
+        t = jnp.broadcast_to(t, shape)
+        return functions[0](t.real, stored, *arrays) + functions[1](t.imag, stored, *arrays)
+
+    return recomputed(both)(lax.complex(*ts), stored, *arrays[-1])
 
 
 def _part(function: Function, dtype: Any, t: jax.Array, *rest: Any) -> jax.Array:

@@ -46,10 +46,14 @@ def draw(rng, dtype=np.float32):
 
 
 @contextmanager
-def by_parts():
-    """An activation is differentiated with each part of the norm's derivative, as on chips, not after it."""
+def as_for(platform):
+    """What is said to XLA is what it is told for another platform."""
+
+    def by_platform(*args, while_tracing, default, **platforms):
+        return platforms.get(platform, default)(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_xla, "_in_turn", _xla._by_parts)
+        patch.setattr(_xla, "by_platform", by_platform)
         jax.clear_caches()
         try:
             yield
@@ -59,8 +63,8 @@ def by_parts():
 
 @pytest.fixture(params=["in turn", "by parts"])
 def differentiated(request):
-    """As on a CPU, and as on chips."""
-    with by_parts() if request.param == "by parts" else nullcontext():
+    """An activation after the norm, as on a CPU; or with each part of the norm's derivative, as on a GPU."""
+    with as_for("cuda") if request.param == "by parts" else nullcontext():
         yield
 
 
@@ -109,17 +113,34 @@ def test_invertible_derivatives(rng, x64, norm, activation):
             np.testing.assert_allclose(a, e, rtol=0, atol=1e-11 * max(1, np.abs(e).max()), err_msg=mode)
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
-def test_both_ways_of_the_derivative(rng, x64, activation):
-    """Forward, reverse and forward over reverse in float64: by parts and in turn, invertible or not."""
+@pytest.mark.parametrize(("norm", "activation"), [("batch", "leaky_relu"), ("batch", "silu"), ("instance", None)])
+def test_every_way_of_the_derivative(rng, x64, norm, activation):
+    """Forward, reverse and forward over reverse in float64: as for chips and as for a CPU, invertible or not."""
     args = draw(rng, np.float64)
     direction = tuple(rng.standard_normal(a.shape) for a in args[:4])
-    expected = derivatives("batch", args, activation in UNDONE, activation, direction)
-    with by_parts():
-        actual = derivatives("batch", args, activation in UNDONE, activation, direction)
-    for mode in expected:
-        for a, e in zip(actual[mode], expected[mode], strict=True):
-            np.testing.assert_allclose(a, e, rtol=0, atol=1e-11 * max(1, np.abs(e).max()), err_msg=mode)
+    expected = derivatives(norm, args, activation == "leaky_relu", activation, direction)
+    for platform in ("cuda", "tpu"):
+        with as_for(platform):
+            actual = derivatives(norm, args, activation == "leaky_relu", activation, direction)
+        for mode in expected:
+            for a, e in zip(actual[mode], expected[mode], strict=True):
+                np.testing.assert_allclose(a, e, rtol=0, atol=1e-11 * max(1, np.abs(e).max()), err_msg=mode)
+
+
+def test_two_sums_over_the_data_are_one_on_a_gpu(rng):
+    """Of complex numbers: XLA for GPUs computes what one sum reads as it reads it, and stores what two of them read."""
+    x, scale, bias, _, cotangent = draw(rng)
+
+    def text(platform):
+        def loss(x, scale, bias):
+            return jnp.sum(jaxnorm.batch_norm(x, scale, bias)[0] * cotangent)
+
+        step = jax.jit(jax.grad(loss, (0, 1, 2)))
+        return step.trace(x, scale, bias).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "complex" in text("cuda")
+    assert "complex" not in text("tpu")
+    assert "complex" not in text("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
