@@ -9,6 +9,8 @@ ResNet-50; ``small``: what the tests compile. ``replicas``: ResNet-50 on many ch
 `jaxnorm.training`, with its collectives.
 
 Bytes moved and temporaries are in units of the activations, their size on one chip, of all layers; of a ResNet in MB.
+A TPU has a memory of its own on the chip, and moves no bytes for what XLA keeps there. "accessed" is what its kernels read
+and write, wherever that is; "copies", how many of the kernels only copy from one memory to the other, beside those that compute.
 Deterministic for a given compiler; results go to results/compiled-<chip>.json.
 """
 
@@ -42,11 +44,14 @@ IMAGES, ROWS = (128, 56, 56, 64), (32768, 4096)
 
 def costs(compiled: Any, activation: float) -> dict[str, Any]:
     """What a compiled program costs, on one chip."""
-    counts = hlo.count(hlo.parse(compiled.as_text()))
+    text = compiled.as_text()
+    counts, computing = hlo.count(hlo.parse(text)), hlo.count(hlo.parse(text, one_memory=True))
     return {
         "bytes": round(counts.bytes / activation, 3),
         "kernels": counts.kernels,
         "temporaries": round(compiled.memory_analysis().temp_size_in_bytes / activation, 3),
+        "accessed": round(computing.bytes / activation, 3),
+        "copies": counts.kernels - computing.kernels,
         "collectives": dict(counts.collectives),
     }
 
@@ -92,7 +97,7 @@ def networks_of(cases_of: Callable[[], Iterator[networks.Case]], target: str):
             row = costs(function.lower(*arguments).compile(), program.unit)
             seconds, rival = time.perf_counter() - start, counted.get(networks.rival(contender), row)
             counted[contender] = row
-            yield {
+            result = {
                 "case": case,
                 "contender": contender,
                 **{k: row[k] for k in ("bytes", "kernels", "temporaries")},
@@ -101,6 +106,14 @@ def networks_of(cases_of: Callable[[], Iterator[networks.Case]], target: str):
                 "temporaries more": round(row["temporaries"] - rival["temporaries"], 3),
                 "norms": program.norms,
             }
+            if target.startswith("tpu"):
+                result |= {
+                    "accessed": row["accessed"],
+                    "copies": row["copies"],
+                    "accessed / Flax": round(row["accessed"] / rival["accessed"], 3),
+                    "copies more a norm": round((row["copies"] - rival["copies"]) / program.norms, 2),
+                }
+            yield result
             print(f"{target}: {case}, {contender}: {seconds:.0f} s", file=sys.stderr)
 
 

@@ -2,8 +2,8 @@
 
 One counter for all targets. An instruction of the entry computation moves the bytes of its result and of its operands;
 loops count by their trips. Of a conditional, the branch that moves the least is counted: one that guards against rare
-data does nothing in the usual case. Of an operand that a fusion only slices, the slices are read. What the compiler
-keeps on the chip (a memory space other than zero) moves nothing.
+data does nothing in the usual case. Of an operand that a fusion only slices, were it in a fusion inside, the slices are
+read. What the compiler keeps on the chip (a memory space other than zero) moves nothing.
 """
 
 import math
@@ -16,11 +16,14 @@ FREE = {
     "after-all", "bitcast", "constant", "copy-done", "get-tuple-element", "opt-barrier", "parameter", "partition-id",
     "replica-id", "tuple",
 }  # fmt: skip
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
+"""Calls with which a TPU names memory, and does nothing there."""
 SAME_PLACE = {
     "abs", "add", "bitcast", "convert", "copy", "divide", "maximum", "minimum", "multiply", "negate", "select",
     "subtract",
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+BETWEEN_MEMORIES = ("copy-start", "slice-start")
 INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
@@ -53,10 +56,13 @@ class Counts(NamedTuple):
     collectives: Counter
 
 
-def parse(text: str) -> Module:
-    """The module printed by ``compiled.as_text()``."""
+def parse(text: str, *, one_memory: bool = False) -> Module:
+    """The module printed by ``compiled.as_text()``.
+
+    With ``one_memory``, as if the chip had one: what it keeps moves as much as all else does, and nothing is copied there.
+    """
     computations, entry, body = {}, "", {}
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    for line in re.sub(r"/\*.*?\*/|S\(\d+\)" if one_memory else r"/\*.*?\*/", "", text).splitlines():
         instruction = INSTRUCTION.match(line)
         if instruction:
             root, name, shape, opcode, rest = instruction.groups()
@@ -66,6 +72,8 @@ def parse(text: str) -> Module:
                 end += 1
             inside, attributes = rest[: end - 1], rest[end:]
             operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+            if one_memory and opcode in BETWEEN_MEMORIES:
+                opcode = "bitcast"
             body[name] = Instruction(name, shape, opcode, operands, inside, attributes, bool(root))
         elif computation := COMPUTATION.match(line):
             body = computations[computation[2]] = {}
@@ -129,12 +137,48 @@ def _written(body: dict[str, Instruction], name: str) -> int:
     return size(instruction.shape)
 
 
+def _inlined(module: Module, computation: str) -> dict[str, Instruction]:
+    """The instructions of a fusion, those of fusions inside, which are no kernels, in their places."""
+    body = {}
+    for i in module.computations[computation].values():
+        inside = _inlined(module, called(i)) if i.opcode == "fusion" else {}
+        names = {j.name: i.name if j.is_root else f"{i.name}/{j.name}" for j in inside.values()}
+        for j in inside.values():
+            operands = tuple(names[o] for o in j.operands)
+            if j.opcode == "parameter":
+                j = j._replace(opcode="bitcast")
+                operands = (i.operands[int(j.literal)],)
+            is_root = j.is_root and i.is_root
+            body[names[j.name]] = j._replace(name=names[j.name], operands=operands, is_root=is_root)
+        if not inside:
+            body[i.name] = i
+    return body
+
+
 def _fusion(module: Module, outer: dict[str, Instruction], fusion: Instruction) -> int:
-    body = module.computations[called(fusion)]
+    body = _inlined(module, called(fusion))
     arguments = {int(i.literal): i.name for i in body.values() if i.opcode == "parameter"}
     read = sum(int(_read(body, arguments[n]) * size(outer[o].shape)) for n, o in enumerate(fusion.operands))
     root = next(i.name for i in body.values() if i.is_root)
     return read + min(_written(body, root), size(fusion.shape))
+
+
+def _trips(module: Module, outer: dict[str, Instruction], loop: Instruction) -> int:
+    """How often a loop runs: what XLA says, or else the number with which its counter, zero at first, is compared."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = module.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+    end = next(i for i in condition.values() if i.is_root)
+    if end.opcode == "compare" and "direction=LT" in end.attributes:
+        counter, limit = (condition[name] for name in end.operands)
+        if counter.opcode == "get-tuple-element" and limit.opcode == "constant":
+            place = int(re.search(r"index=(\d+)", counter.attributes)[1])
+            start = outer[outer[loop.operands[0]].operands[place]]
+            while start.opcode in ("bitcast", "copy"):
+                start = outer[start.operands[0]]
+            if (start.opcode, start.literal) == ("constant", "0"):
+                return int(limit.literal)
+    raise ValueError(f"how often %{loop.name} runs is not known: its condition is not that a counter is below a constant")
 
 
 def count(module: Module, computation: str | None = None) -> Counts:
@@ -145,9 +189,10 @@ def count(module: Module, computation: str | None = None) -> Counts:
         times, inner = 1, None
         if i.opcode in FREE or i.opcode.endswith("-done") or i.opcode.endswith("-update"):
             continue
+        if i.opcode == "custom-call" and any(f'"{name}"' in i.attributes for name in FREE_CALLS):
+            continue
         if i.opcode in ("call", "while", "async-start"):
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
-            times, inner = int(trips[1]) if trips else 1, count(module, called(i))
+            times, inner = _trips(module, body, i) if i.opcode == "while" else 1, count(module, called(i))
         elif i.opcode == "conditional":
             inner = min((count(module, branch) for branch in branches(i)), key=lambda c: (c.bytes, c.kernels))
         else:
@@ -157,7 +202,7 @@ def count(module: Module, computation: str | None = None) -> Counts:
                 moved = 2 * size(i.shape)
             elif i.opcode == "dynamic-update-slice":
                 moved = 2 * size(body[i.operands[1]].shape)
-            elif i.opcode in ("copy-start", "slice-start"):  # between memories: (to, from, ...) and ((from), to, ...)
+            elif i.opcode in BETWEEN_MEMORIES:  # (to, from, ...) and ((from), to, ...)
                 to = ARRAY.findall(i.shape)[0 if i.opcode == "copy-start" else 1]
                 whole = ARRAY.match(body[i.operands[0]].shape)
                 share = elements(f"{to[0]}[{to[1]}]") / elements(whole[0])

@@ -70,6 +70,48 @@ ENTRY %main (s: (f32[8,50], f32[1,50], s32[])) -> (f32[8,50], f32[1,50], s32[]) 
   %w = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) while(%s), body=%body, backend_config={"known_trip_count":{"n":"8"}}
 }
 """
+UNTIL = """
+%condition (state: (f32[8,50], f32[1,50], s32[])) -> pred[] {
+  %state = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%state), index=2
+  %end = s32[] constant(8)
+  ROOT %more = pred[] compare(%at, %end), direction=LT
+}
+ENTRY %main (a: f32[8,50], b: f32[1,50]) -> (f32[8,50], f32[1,50], s32[]) {
+  %a = f32[8,50]{1,0} parameter(0)
+  %b = f32[1,50]{1,0} parameter(1)
+  %none = s32[] constant(0)
+  %i = s32[] copy(%none)
+  %s = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) tuple(%a, %b, %i)
+  %w = (f32[8,50]{1,0}, f32[1,50]{1,0}, s32[]) while(%s), condition=%condition, body=%body
+}
+"""
+COUNTED_LOOP = LOOP.partition("ENTRY")[0] + UNTIL
+INSIDE = """
+HloModule m
+%turned (x: f32[8,50]) -> f32[8,50] {
+  %x = f32[8,50]{1,0} parameter(0)
+  ROOT %y = f32[8,50]{0,1} copy(%x)
+}
+%sliced (stack: f32[8,50], at: s32[]) -> f32[1,50] {
+  %at = s32[] parameter(1)
+  %stack = f32[8,50]{1,0} parameter(0)
+  %same = f32[8,50]{0,1} fusion(%stack), kind=kLoop, calls=%turned
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,50]{1,0} dynamic-slice(%same, %at, %zero), dynamic_slice_sizes={1,50}
+}
+%outer (p0: s32[], p1: f32[8,50]) -> f32[1,50] {
+  %p0 = s32[] parameter(0)
+  %p1 = f32[8,50]{1,0} parameter(1)
+  %part = f32[1,50]{1,0} fusion(%p1, %p0), kind=kLoop, calls=%sliced
+  ROOT %out = f32[1,50]{1,0} sine(%part)
+}
+ENTRY %main (at: s32[], stack: f32[8,50]) -> f32[1,50] {
+  %at = s32[] parameter(0)
+  %stack = f32[8,50]{1,0} parameter(1)
+  ROOT %out = f32[1,50]{1,0} fusion(%at, %stack), kind=kOutput, calls=%outer
+}
+"""
 CONDITIONAL = """
 HloModule m
 %usual (a: (f32[50])) -> f32[50] {
@@ -119,6 +161,30 @@ def test_loops_count_by_their_trips_and_updates_by_their_part():
     assert counted(LOOP) == (8 * one_trip, 16, Counter({"all-reduce": 8}))
 
 
+def test_a_loop_whose_condition_says_how_often_it_runs():
+    """As in programs for a TPU, of which XLA does not say it."""
+    counter = 2 * 4  # copied at the beginning
+    assert counted(COUNTED_LOOP) == (counted(LOOP).bytes + counter, 17, Counter({"all-reduce": 8}))
+
+
+@pytest.mark.parametrize("unclear", ["direction=NE", "constant(1)"])
+def test_a_loop_that_runs_nobody_knows_how_often(unclear):
+    text = COUNTED_LOOP.replace(unclear.replace("NE", "LT").replace("1", "0"), unclear)
+    with pytest.raises(ValueError, match="how often %w runs is not known"):
+        counted(text)
+
+
+def test_a_slice_in_a_fusion_in_a_fusion_is_read_as_a_slice():
+    assert counted(INSIDE) == (4 * 50 + 4 + 4 * 50, 1, Counter())
+
+
+@pytest.mark.parametrize("target", ["AllocateBuffer", "ConcatBitcast"])
+def test_naming_memory_moves_nothing(target):
+    named = ON_CHIP.replace("copy-done(%start)", f'custom-call(%start), custom_call_target="{target}"')
+    assert counted(named) == counted(ON_CHIP)
+    assert counted(named.replace(target, "other")).kernels == counted(ON_CHIP).kernels + 1
+
+
 @pytest.mark.parametrize("text", [CONDITIONAL, BOOLEAN], ids=["by number", "by truth"])
 def test_of_a_conditional_the_cheaper_branch_counts(text):
     assert counted(text) == (2 * 4 * 50, 1, Counter())
@@ -138,7 +204,12 @@ def test_a_compiled_conditional():
 
 
 def test_what_stays_on_the_chip_moves_nothing():
-    assert counted(ON_CHIP).bytes == 2 * (2 * 256 * 128)
+    array = 2 * 256 * 128
+    assert counted(ON_CHIP) == (2 * array, 2, Counter())  # a copy and a negation, which reads what was copied
+    assert hlo.count(hlo.parse(ON_CHIP, one_memory=True)) == (2 * array, 1, Counter())  # the negation reads and writes
+    stays = ON_CHIP.replace("(2,1)} negate", "(2,1)S(1)} negate")
+    assert counted(stays).bytes == array
+    assert hlo.count(hlo.parse(stays, one_memory=True)).bytes == 2 * array
 
 
 def test_the_counter_on_a_compiled_program():
