@@ -9,8 +9,8 @@ ResNet-50; ``small``: what the tests compile. ``replicas``: ResNet-50 on many ch
 `jaxnorm.training`, with its collectives.
 
 Bytes moved and temporaries are in units of the activations, their size on one chip, of all layers; of a ResNet in MB.
-A TPU has a memory of its own on the chip, and moves no bytes for what XLA keeps there. "accessed" is what its kernels read
-and write, wherever that is; "copies", how many of the kernels only copy from one memory to the other, beside those that compute.
+What XLA keeps on the chip of a TPU moves no bytes; "accessed" is what kernels read and write, wherever that is,
+and "copies", how many of the kernels only copy from one memory to the other, beside those that compute.
 Deterministic for a given compiler; results go to results/compiled-<chip>.json.
 """
 

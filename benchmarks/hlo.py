@@ -59,7 +59,7 @@ class Counts(NamedTuple):
 def parse(text: str, *, one_memory: bool = False) -> Module:
     """The module printed by ``compiled.as_text()``.
 
-    With ``one_memory``, as if the chip had one: what it keeps moves as much as all else does, and nothing is copied there.
+    With ``one_memory``, as if the chip had one: what it keeps moves as all else does, and nothing is copied there.
     """
     computations, entry, body = {}, "", {}
     for line in re.sub(r"/\*.*?\*/|S\(\d+\)" if one_memory else r"/\*.*?\*/", "", text).splitlines():
@@ -178,7 +178,7 @@ def _trips(module: Module, outer: dict[str, Instruction], loop: Instruction) -> 
                 start = outer[start.operands[0]]
             if (start.opcode, start.literal) == ("constant", "0"):
                 return int(limit.literal)
-    raise ValueError(f"how often %{loop.name} runs is not known: its condition is not that a counter is below a constant")
+    raise ValueError(f"how often %{loop.name} runs is not known: not until a counter reaches a constant")
 
 
 def count(module: Module, computation: str | None = None) -> Counts:
