@@ -322,10 +322,15 @@ NETWORKS = [("tpu-v5e-1", "small"), *(("h200-1", case) for case in ("small", "ep
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "case"), NETWORKS)
 def test_networks(target, case, tmp_path):
-    """Told of the activation or not: no more bytes than Flax's, and by no more than one kernel a norm."""
+    """Told of the activation or not: no more bytes than Flax's, and by no more than one kernel a norm.
+
+    Nor more accesses, in whichever memory of a TPU, which do not depend on what happens to stay on the chip.
+    """
     for row in report("--targets", target, "--cases", case, tmp_path=tmp_path):
         assert row["bytes / Flax"] <= 1.005, row
         assert row["kernels more a norm"] <= 1, row
+        assert ("accessed / Flax" in row) == target.startswith("tpu")
+        assert row.get("accessed / Flax", 1) <= 1.001, row
 
 
 @pytest.mark.slow
