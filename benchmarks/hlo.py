@@ -164,7 +164,10 @@ def _fusion(module: Module, outer: dict[str, Instruction], fusion: Instruction) 
 
 
 def _trips(module: Module, outer: dict[str, Instruction], loop: Instruction) -> int:
-    """How often a loop runs: what XLA says, or else the number with which its counter, zero at first, is compared."""
+    """How often a loop runs: what XLA says, or else the number with which its counter, zero at first, is compared.
+
+    It counts by one, as `jax.lax.scan` does.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition = module.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
