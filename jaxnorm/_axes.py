@@ -102,7 +102,7 @@ def extract(value: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def check_parameter(function: str, name: str, value: Any, axes: tuple[int, ...], x: jax.Array) -> jax.Array | None:
-    """A per-feature vector (scale, bias, mean, var), or one for each example, laid along its axes of ``x``."""
+    """A vector of the features (scale, bias, mean, var), or one for each example; not yet `laid_out`."""
     if value is None:
         return None
     value = as_input(function, name, value)
@@ -112,11 +112,16 @@ def check_parameter(function: str, name: str, value: Any, axes: tuple[int, ...],
     if value.shape != features and not (0 not in axes and value.shape == (x.shape[0], *features)):
         rule = f"{name} must have the shape of the feature axes of x, {features}, or (batch, *features)"
         fail(function, rule, {"shape": value.shape, "axis": axes, "x_shape": x.shape})
-    axes = axes if value.ndim == len(axes) else (0, *axes)
+    return value
+
+
+def laid_out(value: Any, axes: tuple[int, ...], x: jax.Array) -> Any:
+    """A parameter that was checked, along its axes of ``x`` and in the dtype of the arithmetic; None stays None."""
+    if value is None:
+        return None
     dtype = statistics_dtype(x.dtype)
-    if not jnp.iscomplexobj(value):
-        dtype = jnp.finfo(dtype).dtype
-    return expand(value.astype(dtype), axes, x.ndim)
+    dtype = dtype if jnp.iscomplexobj(value) else jnp.finfo(dtype).dtype
+    return expand(value.astype(dtype), axes if value.ndim == len(axes) else (0, *axes), x.ndim)
 
 
 def check_statistic(function: str, name: str, value: Any, axes: tuple[int, ...], x: jax.Array) -> jax.Array:
@@ -130,7 +135,7 @@ def check_statistic(function: str, name: str, value: Any, axes: tuple[int, ...],
 
 
 def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
-    """``mask`` with the rank of ``x``: boolean, or weights in the dtype of the statistics."""
+    """``mask``, boolean or weights, which broadcasts against ``x``."""
     if mask is None:
         return None
     mask = as_array(function, "mask", mask)
@@ -143,11 +148,20 @@ def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
     if mask.ndim < x.ndim and mask.shape == x.shape[: mask.ndim] and mask.size > 1:
         rule = "mask must have as many axes as x where its shape fits both the first and the last of them"
         fail(function, rule, {"mask_shape": mask.shape, "x_shape": x.shape})
+    if mask.dtype != jnp.bool_ and not isinstance(mask, Tracer):
+        known = np.asarray(mask)
+        if not (np.isfinite(known) & (known >= 0)).all():
+            fail(function, "mask must hold finite, non-negative weights", {"smallest": float(known.min())})
+    return mask
+
+
+def weights_of(mask: Any, x: jax.Array) -> Any:
+    """A mask that was checked, with the rank of ``x``: boolean, or weights in the dtype of the statistics."""
+    if mask is None:
+        return None
     if mask.dtype != jnp.bool_:
-        if not isinstance(mask, Tracer) and not (np.isfinite(mask) & (np.asarray(mask) >= 0)).all():
-            fail(function, "mask must hold finite, non-negative weights", {"smallest": float(jnp.min(mask))})
         mask = mask.astype(jnp.finfo(statistics_dtype(x.dtype)).dtype)
-    return mask.reshape(aligned)
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
 
 def check_residual(function: str, residual: Any, x: jax.Array) -> jax.Array | None:

@@ -4,18 +4,21 @@ In the invertible mode (Rota Bulo et al., "In-Place Activated BatchNorm", 2018) 
 is read from the output. That is all in which it differs.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
-from jaxnorm._epilogue import STATELESS, Function, hoist
-from jaxnorm._moments import ChannelGroups, Moments, Statistics
+from jaxnorm._axes import extract, laid_out, statistics_dtype, weights_of
+from jaxnorm._epilogue import Formula, Function, applied, hoist, identity, is_ours
+from jaxnorm._moments import Moments, Statistics
 from jaxnorm._replicas import merge_replicas, vary
 from jaxnorm._rule import OUTPUT, How, as_stored, measured_statistics, named, normalized, relative, saved
-from jaxnorm._xla import Map, apart, optimization_barrier, spread
+from jaxnorm._xla import Map, gpu_barrier, spread
 
 
 def _measure(how: How, read: Function, data, stored, weights, near, origin=None, known=None, differentiated=False):
@@ -28,19 +31,34 @@ def _measure(how: How, read: Function, data, stored, weights, near, origin=None,
 
 
 class Arguments(NamedTuple):
-    """What is differentiated, all in the rank of ``x``; `standardize` says what it is."""
+    """What is differentiated, in the shapes in which `standardize` takes it, which says what it is."""
 
     x: jax.Array
-    weights: jax.Array | None
-    residual: jax.Array | None
-    given: Statistics | None
-    scale: jax.Array | None
-    bias: jax.Array | None
-    epsilon: jax.Array
-    near: jax.Array | None = None
-    of_adjust: tuple[jax.Array, ...] = ()
-    of_activation: tuple[jax.Array, ...] = ()
-    of_inverse: tuple[jax.Array, ...] = ()
+    mask: Any = None
+    residual: Any = None
+    given: Any = None
+    scale: Any = None
+    bias: Any = None
+    epsilon: Any = None
+    near: Any = None
+    of_adjust: tuple[Any, ...] = ()
+    of_activation: tuple[Any, ...] = ()
+    of_inverse: tuple[Any, ...] = ()
+
+
+def _laid_out(how: How, a: Arguments) -> Arguments:
+    """All in the rank of ``x``."""
+
+    def lay(value):
+        return laid_out(value, how.features, a.x)
+
+    given = None
+    if a.given is not None:
+        mean, var = map(lay, a.given)
+        given = Statistics(jnp.ones_like(var), mean, None, var)
+    near = None if a.near is None else lax.stop_gradient(lay(a.near))
+    mask = weights_of(a.mask, a.x)
+    return a._replace(mask=mask, given=given, scale=lay(a.scale), bias=lay(a.bias), near=near)
 
 
 def _standardize(
@@ -54,13 +72,11 @@ def _standardize(
 ):
     """The output; the statistics measured and used; and, for who inverts it, those of this array."""
     data = as_stored(a.x, None, a.residual)  # of this only the derivative is used, which is that of what is stored
-    stored = (a.x, a.weights, a.residual) if stored is None else stored
-    local: Any = a.given
-    statistics = used = local
+    stored = (a.x, a.mask, a.residual) if stored is None else stored
+    local = statistics = used = a.given
     if local is None:
-        local, statistics = _measure(how, read, data, stored, a.weights, a.near, origin, known, differentiated)
-        adjust = apart(how.adjust) if isinstance(how.adjust, ChannelGroups) and not how.plain else how.adjust
-        used = statistics if adjust is None else adjust(statistics, *a.of_adjust)
+        local, statistics = _measure(how, read, data, stored, a.mask, a.near, origin, known, differentiated)
+        used = statistics if how.adjust is None else how.adjust(statistics, *a.of_adjust)
         if not isinstance(used, Statistics):
             used, statistics = used
     about = used if origin is None else relative(used, origin)
@@ -80,71 +96,104 @@ def _invertible_tangent(how, primals, tangents):
     y, (statistics, used, local) = named(OUTPUT, y), map(saved, rest)
 
     def recovered(y, a, used):
-        z = how.inverse(y.astype(used.offset.dtype), *a.of_inverse)
+        z = how.inverse(y.astype(used.center.dtype), *a.of_inverse)
         residual = None if a.residual is None else a.residual.astype(z.dtype)
         z = z if residual is None else z - residual
         z = z if a.bias is None else z - a.bias
         z = z if a.scale is None else z * (1 / a.scale)  # a division for every value would cost XLA an array
         return z * jnp.sqrt(used.var + a.epsilon), residual
 
-    stored = (optimization_barrier(y), primals[0]._replace(x=None), used)
+    stored = (gpu_barrier(y), primals[0]._replace(x=None), used)
     _, t = jax.jvp(lambda a: _standardize(how, a, recovered, stored, used, local), primals, tangents)
-    return (y, statistics, used, local), (optimization_barrier(t[0]), *t[1:])
+    return (y, statistics, used, local), (gpu_barrier(t[0]), *t[1:])
 
 
-def _run(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
+def _moments(how: How, statistics: Statistics) -> Moments | None:
+    if how.kept is None:
+        return None
+    moments = statistics.center + statistics.offset, statistics.var, statistics.count
+    return Moments(*(extract(m, how.kept) for m in moments))
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(how: How, a: Arguments) -> tuple[jax.Array, Moments | None]:
+    """One program a shape, traced and differentiated once, however many layers have it."""
+    a = _laid_out(how, a)
     y, statistics, *_ = (_standardize if how.inverse is None else _invertible)(how, a)
-    return y, _moments(statistics)
+    return y, _moments(how, statistics)
 
 
-def _moments(statistics: Statistics) -> Moments:
-    return Moments(statistics.center + statistics.offset, statistics.var, statistics.count)
+@partial(jax.jit, static_argnums=0)
+def statistics(how: How, a: Arguments) -> Statistics:
+    """The statistics of ``x``, reduced axes kept with size one."""
+    a = _laid_out(how, a)
+    stored = (a.x, a.mask, None)
+    return _measure(how, as_stored, as_stored(*stored), stored, a.mask, a.near)[1]
 
 
-_compiled = jax.jit(_run, static_argnums=0, inline=True)
+@partial(jax.jit, static_argnums=0)
+def moments(how: How, a: Arguments) -> Moments | None:
+    """`statistics`, rounded."""
+    return _moments(how, statistics(how, a))
 
 
-def standardize(how: How, a: Arguments) -> tuple[jax.Array, Moments]:
-    """Normalize ``x`` by statistics ``given`` or by its own. What is reduced stays with size one in the moments.
+@dataclass(frozen=True)
+class Instead(Formula):
+    """An ``adjust`` that was made before."""
+
+    def __call__(self, measured: Statistics, adjusted: Any) -> Any:
+        """What it was."""
+        return adjusted
+
+
+def standardize(how: How, a: Arguments) -> tuple[jax.Array, Any]:
+    """Normalize ``x`` by statistics ``given`` or by its own, and report the `Moments` of the axes ``kept``.
 
     For the backward pass ``x`` is kept, in its own dtype, with statistics; the rest is recomputed. Where there is an
     inverse, the output is kept in its place.
     """
-    own, stateless = isinstance(how.adjust, ChannelGroups | None), any(how.activation is f for f in STATELESS)
-    if own and stateless:
+    if is_ours(how.adjust) and is_ours(how.activation):
         return _compiled(how, a)
-    data = as_stored(a.x, a.weights, a.residual)
-    if not stateless:
-        activation, of_activation = hoist(how.activation, data[0].astype(how.dtype))
-        how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
-    if how.inverse is not None and not stateless:
-        inverse, of_inverse = hoist(how.inverse, data[0])
-        how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
-    if how.inverse is not None and how.adjust is not None and not own:
-        _, statistics = _measure(how, as_stored, data, (a.x, a.weights, a.residual), a.weights, a.near)
-        adjust, of_adjust = hoist(how.adjust, statistics)
+    return (_hoisted if any(isinstance(v, Tracer) for v in jax.tree.leaves(a)) else _called)(how, a)
+
+
+def _called(how: How, a: Arguments) -> tuple[jax.Array, Any]:
+    """Nobody differentiates: functions of others are called between programs of ours, and nothing is traced for them."""
+    plain = how._replace(activation=identity, inverse=None)
+    if not is_ours(how.adjust):
+        adjusted = how.adjust(statistics(plain._replace(adjust=None), a))
+        plain, a = plain._replace(adjust=Instead()), a._replace(of_adjust=(adjusted,))
+    if is_ours(how.activation):
+        return _compiled(plain._replace(activation=how.activation), a)
+    y, moments = _compiled(plain, a)
+    return applied(how.activation, y), moments
+
+
+def _hoisted(how: How, a: Arguments) -> tuple[jax.Array, Any]:
+    """Functions of others are traced; what they close over are arguments."""
+    x = vary(a.x, a)
+    if not is_ours(how.adjust):
+        plain = how._replace(adjust=None, activation=identity, inverse=None)
+        adjust, of_adjust = hoist(how.adjust, statistics(plain, a))
         how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)
-    return _run(how, a)
+    if not is_ours(how.activation):
+        activation, of_activation = hoist(how.activation, x.astype(how.dtype))
+        how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
+        if how.inverse is not None:
+            inverse, of_inverse = hoist(how.inverse, x.astype(statistics_dtype(x.dtype)))
+            how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
+    return _compiled(how, a)
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
-def statistics(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Statistics:
-    """The statistics of ``x``, reduced axes kept with size one."""
-    stored = (x, weights, None)
-    return _measure(how, as_stored, as_stored(*stored), stored, weights, near)[1]
-
-
-@partial(jax.jit, static_argnums=0, inline=True)
-def moments(how: How, x: jax.Array, weights: jax.Array | None, near: jax.Array | None) -> Moments:
-    """`statistics`, rounded."""
-    return _moments(statistics(how, x, weights, near))
-
-
-def pointwise(formula: Function, x: jax.Array, weights: jax.Array | None, *small: jax.Array | None) -> jax.Array:
-    """``formula(x, *small)``, which need not be affine, in the dtype of ``x``; ``x`` alone is kept to derive it.
+@partial(jax.jit, static_argnums=(0, 1))
+def pointwise(
+    formula: Function, features: tuple[int, ...], x: jax.Array, mask: Any, of_features: tuple[Any, ...], *small: Any
+) -> jax.Array:
+    """``formula(x, *of_features, *small)``, which need not be affine, in the dtype of ``x``; ``x`` alone is kept.
 
     The arithmetic is that of the statistics; NaN and inf that are masked out read as zero.
     """
-    stored = (x, weights, None)
+    stored = (x, weights_of(mask, x), None)
     how = Map(as_stored, lambda x, _, *small: formula(x, *small), None, x.dtype)
+    small = (*(laid_out(v, features, x) for v in of_features), *small)
     return spread(how, as_stored(*stored), stored, vary(small, x), ())

@@ -1,4 +1,7 @@
-"""What follows the affine map: a residual is added, an activation applied, and both undone in the invertible mode."""
+"""What follows the affine map: a residual is added, an activation applied, and both undone in the invertible mode.
+
+And the functions that the engine is given, activations and others: of ours, and of users.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -12,6 +15,17 @@ from jaxnorm._axes import fail
 
 Function = Callable[..., Any]
 Activation = str | Function | None
+
+
+class Formula:
+    """A function of ours, which jit recognizes: a frozen dataclass, equal to what has its class and its settings.
+
+    The arrays that it needs are arguments after its own, so that they can be differentiated, and none is kept.
+    """
+
+    def __call__(self, *args: Any) -> Any:
+        """The result of the arguments."""
+        raise NotImplementedError
 
 
 class InvertibleActivation(NamedTuple):
@@ -73,6 +87,7 @@ NAMED: dict[str, Function] = {
 """The activations of ``jax.nn`` that leave each value by itself."""
 
 STATELESS = frozenset((identity, *NAMED.values()))
+"""Which close over nothing."""
 
 
 def check_activation(function: str, activation: Any) -> Function:
@@ -87,17 +102,25 @@ def check_activation(function: str, activation: Any) -> Function:
     return cast(Function, activation)
 
 
-def hoist(function: Function, *example: Any) -> tuple[Function, tuple[jax.Array, ...]]:
+def is_ours(function: Any) -> bool:
+    """Whether ``function`` closes over nothing, and is the same function whenever it is equal."""
+    return function is None or isinstance(function, Formula) or any(function is f for f in STATELESS)
+
+
+def hoist(function: Function, *example: Any) -> tuple[Function, tuple[Any, ...]]:
     """``function`` with the arrays that it closes over as arguments after its own; and those arrays.
 
-    So that they can be differentiated, as the slope of a PReLU, and the same function be called with others.
+    So that they can be differentiated, as the slope of a PReLU. Traced as a new function: what jax has traced it finds
+    again by identity, though the function may close over something else by now, and keeps.
     """
-    if isinstance(function, InvertibleActivation):  # a tuple, to which jax cannot keep a weak reference
-        function = function.forward
-    if function in STATELESS:
-        return function, ()
-    converted, closed_over = jax.closure_convert(function, *example)
-    return converted, tuple(closed_over)
+    closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*example)
+    jaxpr, tree = closed.jaxpr, jax.tree.structure(shape)
+
+    def hoisted(*args: Any) -> Any:
+        own, closed_over = args[: len(example)], args[len(example) :]
+        return tree.unflatten(jax.core.eval_jaxpr(jaxpr, closed_over, *jax.tree.leaves(own)))
+
+    return hoisted, tuple(closed.consts)
 
 
 def applied(activation: Function, z: jax.Array, *closed_over: jax.Array) -> jax.Array:

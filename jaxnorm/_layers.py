@@ -239,13 +239,13 @@ def batch_norm(
         y, _ = normalize_array(function, x, features=features, given=(mean, var), **settings)
         if update:
             replicas = (layer.axis_name, layer.axis_index_groups)
-            batch = measure_array(function, x, axes, mask, *replicas, near=_axes.expand(mean, features, x.ndim))
+            batch = measure_array(function, x, axes, features, mask, *replicas, near=mean)
     else:
-        own = {"x": x, "features": features, "axes": axes, "near": mean, "mask": mask, "initializing": initializing}
+        own = {"x": x, "features": features, "axes": axes, "kept": features, "near": mean, "mask": mask, "initializing": initializing}
         y, batch = by_own(function, layer, **own, **settings)
     if batch is None:
         return y, None, None
-    batch = Moments(*(jax.lax.stop_gradient(_axes.extract(m, features)) for m in batch))
+    batch = Moments(*map(jax.lax.stop_gradient, batch))
     if not update:
         return y, batch, None
     alpha = None if layer.momentum is None else 1 - layer.momentum

@@ -11,7 +11,7 @@ with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._axes import statistics_dtype
-from jaxnorm._xla import by_platform, settle, sum_over, total
+from jaxnorm._epilogue import Formula
+from jaxnorm._xla import platform, settle, sum_over
 
 STRIDE = 256
 """A center that is sampled is the mean of one position in so many of the data."""
@@ -114,7 +115,6 @@ def sample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return lax.slice(x, starts, x.shape, strides) if free else x
 
 
-@partial(jax.jit, static_argnames=("axes", "centered", "differentiated", "conditional"), inline=True)
 def measure(
     x: jax.Array,
     weights: jax.Array | None,
@@ -129,28 +129,24 @@ def measure(
 
     Sums about a point K lose a factor of about ``1 + (mean - K)^2 / var`` roundings to cancellation. The mean of a
     `sample` serves as K: if it is a fraction f of the data, ``(mean - K)^2 <= var / f`` for any data. What is known
-    before the data is costs less: on a TPU, the sums are then computed by the convolution that the data comes from.
+    before the data is costs less: ``near``, or zero.
 
-    - A CPU tries zero first, takes what it finds if the bound of `NEAR` holds, and measures again if not; except where
-      nobody differentiates and nothing may be ``conditional``.
-    - Chips take ``near``, a point that is known, or zero, for bfloat16 data. Rounding to eight bits has changed its
-      variance by ``2^-19 (mean / std)^2`` already, and sums in float32 about zero change it by less.
+    - A CPU tries what is known first, takes what it finds if the bound of `NEAR` holds, and measures again if not;
+      except where nothing may be ``conditional``.
+    - Chips take what is known for bfloat16 data: sums about it are computed by the convolution that the data comes
+      from. Rounding to eight bits has changed the variance by ``2^-19 (mean / std)^2`` already, and sums in float32
+      about zero change it by less.
     - Rows that lie in one piece and that nobody differentiates can be held by a kernel of a GPU or a CPU, read again,
       and normalized too. So K is the mean there, and so it is with weights, by which a sample could be empty.
     """
     rows = axes == (x.ndim - 1,) and not differentiated
-    dtype = statistics_dtype(x.dtype)
+    dtype, where = statistics_dtype(x.dtype), platform(x)
 
     def sum_of(power, part, *center):
-        def values(part, weights, *center):
-            values = part.astype(dtype)
-            for c in center:
-                values = values - c if weights is None else jnp.where(measured(weights), values - c, 0)
-            return apply_weights(power(values), weights)
-
-        if rows:
-            return sum_over(values(part, weights, *center), axes)
-        return total(values, axes, part, weights, *center, differentiated=differentiated)
+        values = part.astype(dtype)
+        for c in center:
+            values = values - c if weights is None else jnp.where(measured(weights), values - c, 0)
+        return sum_over(apply_weights(power(values), weights), axes)
 
     def mean_of(part):
         first = sum_of(lambda v: v, part)
@@ -167,29 +163,21 @@ def measure(
     def about_sample(x):
         return about(x, mean_of(sample(x, axes)))
 
-    def about_mean(x):
-        return about(x, mean_of(x))
-
     def about_known(x):
         return about(x) if near is None else about(x, near)
-
-    def about_zero_first(x):
-        found = about(x)
-        good = jnp.all(abs_sq(found.offset) <= NEAR * found.var)
-        return lax.cond(good, lambda x: found, about_sample, x)._replace(count=found.count)
 
     if not centered:
         second = sum_of(abs_sq, x)
         count, zero = count_over(second, x, weights, axes), jnp.zeros_like(second, dtype)
         return Statistics(count, zero, zero, second / divisor(count))
-    if weights is not None:
-        return about_mean(x)
-    on_chip = about_known if x.dtype == jnp.bfloat16 else about_sample
-    if rows:
-        return by_platform(x, while_tracing=True, tpu=on_chip, default=about_mean)
+    if weights is not None or (rows and where != "tpu"):
+        return about(x, mean_of(x))
     large = all(isinstance(size, int) for size in x.shape) and x.size >= LARGE
-    on_cpu = about_zero_first if large and (differentiated or conditional) else about_sample
-    return by_platform(x, while_tracing=not differentiated, cpu=on_cpu, default=on_chip)
+    if where == "cpu" and large and conditional:
+        found = about_known(x)
+        good = jnp.all(abs_sq(found.offset) <= NEAR * found.var)
+        return lax.cond(good, lambda x: found, about_sample, x)._replace(count=found.count)
+    return about_known(x) if where != "cpu" and x.dtype == jnp.bfloat16 else about_sample(x)
 
 
 Total = Callable[..., tuple[jax.Array, ...]]
@@ -212,7 +200,8 @@ def merge_along(parts: Statistics, axes: tuple[int, ...]) -> Statistics:
     return merge(parts, lambda *values: tuple(jnp.sum(v, axes, keepdims=True) for v in values))
 
 
-class ChannelGroups(NamedTuple):
+@dataclass(frozen=True)
+class ChannelGroups(Formula):
     """Neighbouring channels share their statistics: the ``adjust`` of group normalization.
 
     Attributes:

@@ -26,7 +26,7 @@ from jaxnorm._axes import statistics_dtype
 from jaxnorm._epilogue import Function, applied, identity
 from jaxnorm._moments import Statistics, abs_sq, apply_weights, divisor, measure, measured
 from jaxnorm._replicas import Replicas, vary
-from jaxnorm._xla import Map, apart, is_zero, recomputed, spread, sum_over
+from jaxnorm._xla import Map, is_zero, platform, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
 _policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
@@ -60,6 +60,8 @@ class How(NamedTuple):
 
     Attributes:
       axes: what is reduced, in ascending order.
+      features: the axes of scale, bias and statistics that are given, in their order.
+      kept: the axes of the moments that are reported; None for no report.
       centered: False where the mean is fixed at zero (RMS normalization).
       replicas: who shares the statistics.
       adjust: what becomes of them before they are used, or None. May give a pair: those used, and those reported.
@@ -70,6 +72,8 @@ class How(NamedTuple):
     """
 
     axes: tuple[int, ...] = ()
+    features: tuple[int, ...] = ()
+    kept: tuple[int, ...] | None = None
     centered: bool = True
     replicas: Replicas = Replicas()
     adjust: Function | None = None
@@ -103,8 +107,8 @@ def _from_mean(x: jax.Array, statistics: Statistics, origin: Statistics | None) 
 
 
 def relative(statistics: Statistics, origin: Statistics) -> Statistics:
-    center, offset = statistics.center - origin.center, statistics.offset - origin.offset
-    return statistics._replace(center=lax.stop_gradient(center), offset=offset)
+    center, offset = statistics.center - origin.center, statistics.offset
+    return statistics._replace(center=center, offset=None if offset is None else offset - origin.offset)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -148,11 +152,6 @@ def _affine(x, residual, center, offset, multiplier, scale, constant) -> jax.Arr
     return z if residual is None else z + residual
 
 
-def _folded(offset, rstd, scale, bias):
-    multiplier = rstd * scale
-    return multiplier, bias if offset is None else bias - offset * multiplier
-
-
 def normalized(how: How, read: Function, data, stored, statistics, scale, bias, epsilon, closed_over) -> jax.Array:
     """``(x - mean) / sqrt(var + epsilon) * scale + bias``, then the epilogue; of what has no values, ``bias``."""
     count, center, offset, var = statistics
@@ -166,11 +165,18 @@ def normalized(how: How, read: Function, data, stored, statistics, scale, bias, 
     small = (offset, rstd, scale, bias)
     if jnp.broadcast_shapes(rstd.shape, scale.shape) != data[0].shape:  # their product is smaller than the data
         offset, rstd, scale, bias = vary(small)
-        # Of statistics given nothing is reduced: inference stays one kernel.
-        folded = apart(_folded) if how.axes and not how.plain else _folded
-        multiplier, bias = folded(offset, rstd, scale, bias)
-        small = (None, multiplier, None, bias)
-    small = vary(small, *data)  # what the activation closes over it varies by itself
-    after = None if how.activation is identity else partial(applied, how.activation)
+        multiplier = rstd * scale
+        small = (None, multiplier, None, bias if offset is None else bias - offset * multiplier)
+    small = vary((center, *small), *data)  # what the activation closes over it varies by itself
     function = spread.fun if how.plain else spread
-    return function(Map(read, _affine, after, how.dtype), data, stored, (center, *small), closed_over)
+    if how.activation is identity:
+        return function(Map(read, _affine, None, how.dtype), data, stored, small, ())
+    after = partial(applied, how.activation)
+    if platform(data) != "cpu":
+        return function(Map(read, _affine, after, how.dtype), data, stored, small, closed_over)
+    # XLA's sums on a CPU do not compute the derivative of an activation as they read: each would store the cotangent
+    # that it sums, in float32. So there the activation is a map of its own, which computes its input again.
+    affine = Map(read, _affine, None, how.dtype)
+    z = function(affine, data, stored, small, ())
+    after = Map(lambda *stored: (spread.fun(affine, (), *stored, ()),), lambda z: z, after, how.dtype)
+    return function(after, (z,), (stored, small), (), closed_over)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxnorm import _axes, _engine
 from jaxnorm._axes import Axes, AxisNames
@@ -29,32 +28,37 @@ def normalize_array(
     *,
     features: tuple[int, ...],
     axes: tuple[int, ...] = (),
+    kept: tuple[int, ...] | None = None,
     given: tuple[Array, Array] | None = None,
     near: Array | None = None,
     epsilon: Any,
     centered: bool = True,
     adjust: Callable[..., Any] | None = None,
+    of_adjust: tuple[Any, ...] = (),
     mask: Array | None = None,
     axis_name: AxisNames | None = None,
     axis_index_groups: Groups | None = None,
-    activation: Activation = None,
+    activation: Any = None,
+    of_activation: tuple[Any, ...] = (),
     residual: Array | None = None,
     invertible: bool = False,
     dtype: Any = None,
     warn: Warn | None = _axes.warn,
-) -> tuple[jax.Array, Moments]:
+) -> tuple[jax.Array, Any]:
     """Check every argument of ``function``, and normalize by statistics ``given`` or by those over ``axes``.
 
-    What the normalizations and the layers call. The moments keep the rank of ``x``. ``near`` is a point for each
-    feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used, and those
-    whose moments are reported. ``warn`` is told of ``function`` and what is odd; None where the size of the input means
-    nothing.
+    What the normalizations and the layers call. The moments are in the shape of the axes ``kept``. ``near`` is a point
+    for each feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used,
+    and those whose moments are reported. ``warn`` is told of ``function`` and what is odd; None where the size of the
+    input means nothing.
     """
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    weights = _axes.check_mask(function, mask, x)
+    mask = _axes.check_mask(function, mask, x)
     scale, bias = (_axes.check_parameter(function, n, v, features, x) for n, v in (("scale", scale), ("bias", bias)))
     how = How(
         axes=tuple(sorted(axes)),
+        features=features,
+        kept=kept,
         centered=centered,
         replicas=replicas,
         adjust=adjust,
@@ -65,25 +69,22 @@ def normalize_array(
     )
     if invertible:
         _axes.check_invertible_scale(function, scale, how.dtype)
-    statistics = None
     if given is not None:
-        mean, var = (
-            _axes.check_statistic(function, n, v, features, x) for n, v in zip(("mean", "var"), given, strict=True)
-        )
-        center = lax.stop_gradient(mean)
-        statistics = Statistics(jnp.ones_like(var), center, mean - center, var)
+        given = tuple(_axes.check_statistic(function, n, v, features, x) for n, v in zip(("mean", "var"), given))
     elif warn and centered and (adjust is None or isinstance(adjust, ChannelGroups)):
         group = x.shape[adjust.axis] // adjust.num_groups if isinstance(adjust, ChannelGroups) else 1
         _axes.warn_of_one_value(warn, function, x, how.axes, group, *replicas)
     arguments = _engine.Arguments(
-        x,
-        weights,
-        _axes.check_residual(function, residual, x),
-        statistics,
-        scale,
-        bias,
-        _axes.check_epsilon(function, epsilon),
-        _near(function, near, features, x),
+        x=x,
+        mask=mask,
+        residual=_axes.check_residual(function, residual, x),
+        given=given,
+        scale=scale,
+        bias=bias,
+        epsilon=_axes.check_epsilon(function, epsilon),
+        near=_axes.check_parameter(function, "near", near, features, x),
+        of_adjust=of_adjust,
+        of_activation=of_activation,
     )
     return _engine.standardize(how, arguments)
 
@@ -161,13 +162,14 @@ def standardize(
     """
     x, features = _axes.check_input("standardize", x, axis)
     reduced = _axes.canonical_axes("standardize", "axes", axes, x.ndim)
-    y, batch = normalize_array(
+    return normalize_array(
         "standardize",
         x,
         scale,
         bias,
         features=features,
         axes=reduced,
+        kept=_axes.others(reduced, x),
         epsilon=epsilon,
         centered=centered,
         adjust=adjust,
@@ -178,8 +180,6 @@ def standardize(
         residual=residual,
         invertible=invertible,
     )
-    kept = _axes.others(reduced, x)
-    return y, Moments(*(_axes.extract(m, kept) for m in batch))
 
 
 def batch_norm(
@@ -234,13 +234,14 @@ def batch_norm(
       of DNNs", CVPR 2018, for ``invertible``.
     """
     x, features = _axes.check_input("batch_norm", x, axis)
-    y, batch = normalize_array(
+    return normalize_array(
         "batch_norm",
         x,
         scale,
         bias,
         features=features,
         axes=_axes.others(features, x),
+        kept=features,
         epsilon=epsilon,
         mask=mask,
         axis_name=axis_name,
@@ -249,7 +250,6 @@ def batch_norm(
         residual=residual,
         invertible=invertible,
     )
-    return y, Moments(*(_axes.extract(m, features) for m in batch))
 
 
 def layer_norm(
@@ -607,30 +607,25 @@ def moments(
     """
     x = _axes.as_input("moments", "x", x)
     axes = tuple(sorted(_axes.canonical_axes("moments", "axes", axes, x.ndim)))
-    batch = measure_array("moments", x, axes, mask, axis_name, axis_index_groups)
-    return Moments(*(_axes.extract(m, _axes.others(axes, x)) for m in batch))
+    return measure_array("moments", x, axes, _axes.others(axes, x), mask, axis_name, axis_index_groups)
 
 
 def measure_array(
     function: str,
     x: jax.Array,
     axes: tuple[int, ...],
+    kept: tuple[int, ...],
     mask: Array | None,
     axis_name: AxisNames | None = None,
     axis_index_groups: Groups | None = None,
-    near: jax.Array | None = None,
-) -> Moments:
-    """Check the arguments of ``function``; the moments over ``axes``, which keep the rank of ``x``."""
+    near: Array | None = None,
+) -> Any:
+    """Check the arguments of ``function``; the moments over ``axes``, in the shape of those ``kept``."""
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    how = How(axes, replicas=replicas, plain=_is_jet(x))
-    return _engine.moments(how, x, _axes.check_mask(function, mask, x), near)
+    how = How(axes, features=kept, kept=kept, replicas=replicas, plain=_is_jet(x))
+    return _engine.moments(how, _engine.Arguments(x, _axes.check_mask(function, mask, x), near=near))
 
 
 def _is_jet(x: jax.Array) -> bool:
     jet: Any = sys.modules.get("jax.experimental.jet")
     return jet is not None and isinstance(x, jet.JetTracer)
-
-
-def _near(function: str, near: Array | None, features: tuple[int, ...], x: jax.Array) -> jax.Array | None:
-    value = _axes.check_parameter(function, "near", near, features, x)
-    return None if value is None else lax.stop_gradient(value)

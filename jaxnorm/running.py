@@ -1,6 +1,7 @@
 """Running averages of moments, as explicit state: begun, updated; and moments merged."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +74,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     a, b = (Moments(*_check_statistics("merge_moments", name, m)) for name, m in (("a", a), ("b", b)))
     if a.mean.shape != b.mean.shape:
         _axes.fail("merge_moments", "a and b must be of one shape", {"a": a.mean.shape, "b": b.mean.shape})
+    return _merged(a, b)
+
+
+@jax.jit
+def _merged(a: Moments, b: Moments) -> Moments:
     mean, var, count = (jnp.stack(pair) for pair in zip(a, b, strict=True))
     mean, var = (jnp.where(count > 0, m, 0) for m in (mean, var))
     merged = merge_along(Statistics(count, mean, jnp.zeros_like(mean), var), (0,))
@@ -152,6 +158,14 @@ def update_running(
     if alpha is not None:
         _axes.check_number(function, "alpha", alpha, 0.0, 1.0)
 
+    running, batch = RunningStats(old_mean, old_var, old_count), Moments(mean, var, count)
+    return _updated(running, batch, alpha, unbiased)
+
+
+@partial(jax.jit, static_argnums=3)
+def _updated(running: RunningStats, batch: Moments, alpha: Any, unbiased: bool) -> RunningStats:
+    """One program for all layers of a shape."""
+    (old_mean, old_var, old_count), (mean, var, count) = running, batch
     # Where shardings are part of the types, both have to have one: that of their sum, in which either may be sharded.
     zero = (jnp.zeros_like(old_mean) + jnp.zeros_like(mean)).real
     old_mean, old_var, old_count, mean, var, count = (

@@ -5,7 +5,6 @@ another: it merges examples, and replicas, in its ``adjust``.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes
-from jaxnorm._moments import Moments, Statistics, merge_along
+from jaxnorm._moments import Statistics, merge_along
 from jaxnorm._replicas import Replicas, merge_replicas, vary
 from jaxnorm._rule import saved
 
@@ -31,8 +30,8 @@ def check_examples(
     return x, features, _axes.others(features, x, first=1)
 
 
-def given(function: str, running: Any, features: tuple[int, ...], x: jax.Array) -> Statistics:
-    """The statistics that ``running`` averages stand for."""
+def check_running(function: str, running: Any, features: tuple[int, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of ``running`` averages."""
     if not (hasattr(running, "mean") and hasattr(running, "var")):
         rule = "running must be RunningStats or Moments"
         _axes.fail(function, rule, {"type": type(running).__name__}, TypeError)
@@ -42,6 +41,11 @@ def given(function: str, running: Any, features: tuple[int, ...], x: jax.Array) 
     )
     if mean is None or var is None:
         _axes.fail(function, "running must have a mean and a variance", {"running": running}, TypeError)
+    return mean, var
+
+
+def given(mean: jax.Array, var: jax.Array) -> Statistics:
+    """The statistics that averages stand for, in the rank of the data."""
     center = lax.stop_gradient(mean)
     return Statistics(jnp.ones_like(var), center, mean - center, var)
 
@@ -81,6 +85,8 @@ def regroup(examples: Statistics, parts: int) -> Statistics:
     return Statistics(*(jax.sharding.reshard(v, whole) for v in examples))
 
 
-def extract(batch: Moments, axes: Sequence[int]) -> Moments:
-    """The moments in the shape of ``axes``."""
-    return Moments(*(_axes.extract(m, tuple(axes)) for m in batch))
+def repeated(values: jax.Array, examples: jax.Array) -> jax.Array:
+    """``values``, each as often as is needed for as many as there are ``examples``, and sharded as those."""
+    shape = (len(values), len(examples) // len(values), *values.shape[1:])
+    wide = jnp.broadcast_to(values[:, None], shape)
+    return lax.reshape(wide, examples.shape, out_sharding=jax.typeof(examples).sharding)

@@ -43,11 +43,10 @@ def dynamic_tanh(
         _axes.fail(function, "x must be real", {"dtype": str(x.dtype)}, TypeError)
     _axes.check_number(function, "alpha", alpha, -float("inf"), float("inf"))
     scale, bias = (_axes.check_parameter(function, n, p, features, x) for n, p in (("scale", scale), ("bias", bias)))
-    alpha = jnp.full((1,) * x.ndim, alpha, _axes.statistics_dtype(x.dtype))
-    return _engine.pointwise(_formula, x, None, alpha, scale, bias)
+    return _engine.pointwise(_formula, features, x, None, (scale, bias), alpha)
 
 
-def _formula(x, alpha, scale, bias):
-    y = jnp.tanh(alpha * x)
+def _formula(x, scale, bias, alpha):
+    y = jnp.tanh(alpha.astype(x.dtype) * x)
     y = y if scale is None else y * scale
     return y if bias is None else y + bias

@@ -1,5 +1,6 @@
 """EvoNorm: normalization and activation found together, by search."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxnorm._moments import ChannelGroups, Moments
 from jaxnorm._replicas import Replicas
 from jaxnorm._rule import How
 from jaxnorm.functional import Array, Groups
-from jaxnorm.variants._examples import check_examples, extract, given, merge_batch
+from jaxnorm.variants._examples import check_examples, check_running, merge_batch
 
 
 def evonorm_b0(
@@ -62,14 +63,21 @@ def evonorm_b0(
     function = "evonorm_b0"
     x, features, axes = check_examples(function, x, axis, real=True)
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
-    gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
-    instance = _engine.statistics(How(axes), x, weights, None)
-    batch = merge_batch(instance, replicas)
-    used = batch if running is None else given(function, running, features, x)
-    own, shared = (jnp.sqrt(var + epsilon) for var in (instance.var, used.var))
-    y = _engine.pointwise(_b0, x, weights, shared, own, slope, gamma * (instance.count > 0), beta)
-    return y, extract(Moments(batch.center + batch.offset, batch.var, batch.count), features)
+    parameters = _check_parameters(function, features, x, scale=scale, bias=bias, v=v)
+    instead = None if running is None else check_running(function, running, features, x)[1]
+    epsilon, mask = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
+    return _normalized_b0(How(axes, features, replicas=replicas), x, mask, parameters, instead, epsilon)
+
+
+@partial(jax.jit, static_argnums=0)
+def _normalized_b0(how: How, x, mask, parameters, var, epsilon) -> tuple[jax.Array, Moments]:
+    instance = _engine.statistics(how._replace(replicas=Replicas()), _engine.Arguments(x, mask))
+    batch = merge_batch(instance, how.replicas)
+    used = batch.var if var is None else _axes.laid_out(var, how.features, x)
+    own, shared = (jnp.sqrt(var + epsilon) for var in (instance.var, used))
+    y = _engine.pointwise(_b0, how.features, x, mask, parameters, instance.count, own, shared)
+    moments = batch.center + batch.offset, batch.var, batch.count
+    return y, Moments(*(_axes.extract(m, how.features) for m in moments))
 
 
 def evonorm_s0(
@@ -119,26 +127,34 @@ def evonorm_s0(
     if len(features) != 1:
         _axes.fail(function, "axis must be one axis, that of the channels", {"axis": axis})
     _axes.check_groups(function, num_groups, x.shape[features[0]])
-    epsilon, weights = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
-    gamma, beta, slope = _parameters(function, features, x, scale=scale, bias=bias, v=v)
-    group = ChannelGroups(*features, num_groups)(_engine.statistics(How(axes), x, weights, None))
-    multiplier = gamma * (group.count > 0) / jnp.sqrt(group.var + epsilon)
-    return _engine.pointwise(_s0, x, weights, slope, multiplier, beta)
+    parameters = _check_parameters(function, features, x, scale=scale, bias=bias, v=v)
+    epsilon, mask = _axes.check_epsilon(function, epsilon), _axes.check_mask(function, mask, x)
+    return _normalized_s0(How(axes, features), num_groups, x, mask, parameters, epsilon)
 
 
-def _b0(x, shared, own, v, scale, bias):
-    return x / jnp.maximum(shared, v * x + own) * scale + bias
+@partial(jax.jit, static_argnums=(0, 1))
+def _normalized_s0(how: How, num_groups: int, x, mask, parameters, epsilon) -> jax.Array:
+    instance = _engine.statistics(how, _engine.Arguments(x, mask))
+    group = ChannelGroups(*how.features, num_groups)(instance)
+    multiplier = (group.count > 0) / jnp.sqrt(group.var + epsilon)
+    return _engine.pointwise(_s0, how.features, x, mask, parameters, multiplier)
 
 
-def _s0(x, v, multiplier, bias):
-    return x * jax.nn.sigmoid(v * x) * multiplier + bias
+def _affine(y, scale, bias):
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
 
 
-def _parameters(function: str, features: tuple[int, ...], x: jax.Array, **values: Array | None) -> list[jax.Array]:
-    """Scale, bias and v along their axes of ``x``; what is None is one or zero, and v must be given."""
+def _b0(x, scale, bias, v, count, own, shared):
+    return _affine(x / jnp.maximum(shared, v * x + own) * (count > 0), scale, bias)
+
+
+def _s0(x, scale, bias, v, multiplier):
+    return _affine(x * jax.nn.sigmoid(v * x) * multiplier, scale, bias)
+
+
+def _check_parameters(function: str, features: tuple[int, ...], x: jax.Array, **values: Array | None) -> tuple:
+    """Scale, bias and v, which must be given."""
     if values["v"] is None:
         _axes.fail(function, "v must be given, one number a feature", {"v": None}, TypeError)
-    shape = [n if a in features else 1 for a, n in enumerate(x.shape)]
-    checked = {name: _axes.check_parameter(function, name, value, features, x) for name, value in values.items()}
-    dtype = _axes.statistics_dtype(x.dtype)
-    return [jnp.full(shape, float(name == "scale"), dtype) if p is None else p for name, p in checked.items()]
+    return tuple(_axes.check_parameter(function, name, value, features, x) for name, value in values.items())

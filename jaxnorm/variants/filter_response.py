@@ -1,10 +1,13 @@
 """Filter response normalization with its thresholded unit: no dependence on the batch, nor on other channels."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes
+from jaxnorm._epilogue import Formula
 from jaxnorm.functional import Array, normalize_array
 from jaxnorm.variants._examples import check_examples
 
@@ -64,5 +67,21 @@ def filter_response_norm(
         epsilon=epsilon,
         centered=False,
         mask=mask,
-        activation=None if tau is None else lambda z: jnp.maximum(z, tau.astype(z.dtype)),
+        activation=None if tau is None else Thresholded(features),
+        of_activation=() if tau is None else (tau,),
     )[0]
+
+
+@dataclass(frozen=True)
+class Thresholded(Formula):
+    """The thresholded linear unit.
+
+    Attributes:
+      features: the axes of the thresholds.
+    """
+
+    features: tuple[int, ...]
+
+    def __call__(self, z: jax.Array, threshold: jax.Array) -> jax.Array:
+        """What is above the threshold, or that."""
+        return jnp.maximum(z, _axes.laid_out(threshold, self.features, z).astype(z.dtype))

@@ -1,6 +1,7 @@
 """Ghost batch normalization: statistics of virtual batches, however many devices hold them."""
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ from jax import lax
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation
+from jaxnorm._epilogue import Activation, Formula
 from jaxnorm._moments import Moments, Statistics, merge_along
 from jaxnorm._replicas import Replicas, merge_replicas
 from jaxnorm._rule import saved
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, extract, merge_labelled, regroup
+from jaxnorm.variants._examples import check_examples, merge_labelled, regroup, repeated
 
 
 def ghost_batch_norm(
@@ -71,7 +72,7 @@ def ghost_batch_norm(
     function = "ghost_batch_norm"
     x, features, axes = check_examples(function, x, axis)
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    members, place = _members(replicas)
+    members, _ = _members(replicas)
     if isinstance(virtual_batch_size, bool) or not isinstance(virtual_batch_size, int | np.integer):
         rule = "virtual_batch_size must be an integer"
         _axes.fail(function, rule, {"virtual_batch_size": virtual_batch_size}, TypeError)
@@ -79,36 +80,49 @@ def ghost_batch_norm(
         rule = "virtual_batch_size must divide the number of examples of all replicas"
         got = {"virtual_batch_size": virtual_batch_size, "batch": x.shape[0], "replicas": max(members)}
         _axes.fail(function, rule, got)
-    size = int(virtual_batch_size)
-    piece = math.gcd(x.shape[0], size)  # of what lies here of one virtual batch, or of several
-
-    def adjust(examples: Statistics) -> tuple[Statistics, Statistics]:
-        pieces = (v.reshape(-1, piece, *v.shape[1:]) for v in regroup(examples, x.shape[0] // piece))
-        parts = Statistics(*(v[:, 0] for v in merge_along(Statistics(*pieces), (1,))))
-        if piece == size:
-            used, reported = parts, _averages(parts, replicas)
-        else:
-            first = place * parts.var.shape[0]
-            labels = (first + jnp.arange(parts.var.shape[0])) // (size // piece)
-            virtual, used = merge_labelled(parts, labels, x.shape[0] * max(members) // size, replicas)
-            reported = _averages(virtual, Replicas())
-        return Statistics(*(jnp.repeat(v, piece, axis=0) for v in used)), reported
-
-    y, batch = normalize_array(
+    return normalize_array(
         function,
         x,
         scale,
         bias,
         features=features,
         axes=axes,
+        kept=features,
         epsilon=epsilon,
-        adjust=adjust,
+        adjust=VirtualBatches(int(virtual_batch_size), replicas),
         mask=mask,
         activation=activation,
         residual=residual,
         invertible=invertible,
     )
-    return y, extract(batch, features)
+
+
+@dataclass(frozen=True)
+class VirtualBatches(Formula):
+    """Consecutive examples share their statistics: the ``adjust`` of ghost batch normalization.
+
+    Attributes:
+      size: how many examples.
+      replicas: whose examples they are.
+    """
+
+    size: int
+    replicas: Replicas
+
+    def __call__(self, examples: Statistics) -> tuple[Statistics, Statistics]:
+        """The statistics of each virtual batch, given to its examples; and their averages."""
+        batch, (members, place) = examples.var.shape[0], _members(self.replicas)
+        piece = math.gcd(batch, self.size)  # of what lies here of one virtual batch, or of several
+        split = regroup(examples, batch // piece)
+        parts = merge_along(Statistics(*(v.reshape(-1, piece, *v.shape[1:]) for v in split)), (1,))
+        used = parts = Statistics(*(v[:, 0] for v in parts))
+        if piece == self.size:
+            reported = _averages(parts, self.replicas)
+        else:
+            labels = (place * (batch // piece) + jnp.arange(batch // piece)) // (self.size // piece)
+            virtual, used = merge_labelled(parts, labels, batch * max(members) // self.size, self.replicas)
+            reported = _averages(virtual, Replicas())
+        return Statistics(*(repeated(v, e) for v, e in zip(used, examples, strict=True))), reported
 
 
 def _members(replicas: Replicas) -> tuple[list[int], jax.Array | int]:

@@ -1,16 +1,18 @@
 """Batch renormalization: what is used in training is what is used at inference, but for a bounded correction."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation
+from jaxnorm._epilogue import Activation, Formula
 from jaxnorm._moments import Moments, Statistics
 from jaxnorm.functional import Array, Groups, normalize_array
 from jaxnorm.running import RunningStats
-from jaxnorm.variants._examples import extract, given
+from jaxnorm.variants._examples import check_running
 
 
 def batch_renorm(
@@ -85,29 +87,21 @@ def batch_renorm(
     x, features = _axes.check_input(function, x, axis)
     if jnp.iscomplexobj(x):
         _axes.fail(function, "x must be real", {"dtype": str(x.dtype)}, TypeError)
-    target = given(function, running, features, x)
+    mean, var = check_running(function, running, features, x)
     _axes.check_number(function, "r_max", r_max, 1.0, float("inf"))
     _axes.check_number(function, "d_max", d_max, 0.0, float("inf"))
-    epsilon = _axes.check_epsilon(function, epsilon)
-
-    def adjust(batch: Statistics) -> Statistics:
-        """Those of which ``(x - mean) / sqrt(var + epsilon)`` is ``(x - mean_B) / s_B * r + d``."""
-        s, s_b = jnp.sqrt(target.var + epsilon), jnp.sqrt(batch.var + epsilon)
-        difference = (batch.center - target.center) + (batch.offset - target.offset)
-        r = lax.stop_gradient(jnp.clip(s_b / s, 1 / r_max, r_max))
-        d = lax.stop_gradient(jnp.clip(difference / s, -d_max, d_max))
-        return batch._replace(offset=batch.offset - d * s_b / r, var=(batch.var + epsilon) / r**2 - epsilon)
-
-    y, batch = normalize_array(
+    return normalize_array(
         function,
         x,
         scale,
         bias,
         features=features,
         axes=_axes.others(features, x),
+        kept=features,
         near=running.mean,
         epsilon=epsilon,
-        adjust=adjust,
+        adjust=Correction(features),
+        of_adjust=(mean, var, r_max, d_max, epsilon),
         mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
@@ -115,4 +109,23 @@ def batch_renorm(
         residual=residual,
         invertible=invertible,
     )
-    return y, extract(batch, features)
+
+
+@dataclass(frozen=True)
+class Correction(Formula):
+    """Towards the averages, within bounds: the ``adjust`` of batch renormalization.
+
+    Attributes:
+      features: the axes of the averages.
+    """
+
+    features: tuple[int, ...]
+
+    def __call__(self, batch: Statistics, mean, var, r_max, d_max, epsilon) -> Statistics:
+        """Those of which ``(x - mean) / sqrt(var + epsilon)`` is ``(x - mean_B) / s_B * r + d``."""
+        mean, var = (_axes.laid_out(v, self.features, batch.var) for v in (mean, var))
+        s, s_b = jnp.sqrt(var + epsilon), jnp.sqrt(batch.var + epsilon)
+        difference = (batch.center - mean) + batch.offset
+        r = lax.stop_gradient(jnp.clip(s_b / s, 1 / r_max, r_max))
+        d = lax.stop_gradient(jnp.clip(difference / s, -d_max, d_max))
+        return batch._replace(offset=batch.offset - d * s_b / r, var=(batch.var + epsilon) / r**2 - epsilon)

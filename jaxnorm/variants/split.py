@@ -1,5 +1,7 @@
 """Split batch normalization: every example with the examples of its domain."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,11 @@ from jax.core import Tracer
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation
+from jaxnorm._epilogue import Activation, Formula
 from jaxnorm._moments import Moments, Statistics
 from jaxnorm._replicas import Replicas
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, extract, merge_labelled, of_label
+from jaxnorm.variants._examples import check_examples, merge_labelled, of_label
 
 
 def split_batch_norm(
@@ -82,25 +84,40 @@ def split_batch_norm(
             _axes.fail(function, rule, {"shape": value.shape, "num_domains": num_domains})
         return value if value.shape == shape else of_label(value, domain)
 
-    def adjust(examples: Statistics) -> tuple[Statistics, Statistics]:
-        reported, used = merge_labelled(examples, domain, num_domains, replicas)
-        return used, reported
-
-    y, batch = normalize_array(
+    return normalize_array(
         function,
         x,
         of_examples("scale", scale),
         of_examples("bias", bias),
         features=features,
         axes=axes,
+        kept=(0, *features),
         epsilon=epsilon,
-        adjust=adjust,
+        adjust=Domains(num_domains, replicas),
+        of_adjust=(domain,),
         mask=mask,
         activation=activation,
         residual=residual,
         invertible=invertible,
     )
-    return y, extract(batch, (0, *features))
+
+
+@dataclass(frozen=True)
+class Domains(Formula):
+    """Examples of a domain share their statistics: the ``adjust`` of split batch normalization.
+
+    Attributes:
+      num_domains: how many domains there are.
+      replicas: whose examples they are.
+    """
+
+    num_domains: int
+    replicas: Replicas
+
+    def __call__(self, examples: Statistics, domain: jax.Array) -> tuple[Statistics, Statistics]:
+        """The statistics of each domain, given to its examples; and those of the domains."""
+        reported, used = merge_labelled(examples, domain, self.num_domains, self.replicas)
+        return used, reported
 
 
 def check_domain(function: str, domain: Array, num_domains: int, x: jax.Array) -> jax.Array:

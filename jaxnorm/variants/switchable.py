@@ -1,5 +1,6 @@
 """Switchable normalization: a learned mixture of instance, layer and batch statistics."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation
+from jaxnorm._epilogue import Activation, Formula
 from jaxnorm._moments import Moments, Statistics, merge_along
 from jaxnorm._replicas import Replicas
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, extract, given, merge_batch
+from jaxnorm.variants._examples import check_examples, check_running, given, merge_batch
 
 
 def switchable_norm(
@@ -71,39 +72,53 @@ def switchable_norm(
     function = "switchable_norm"
     x, features, axes = check_examples(function, x, axis)
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    mean_weights, var_weights = (
-        _softmax(function, name, logits, x)
-        for name, logits in (("mean_logits", mean_logits), ("var_logits", var_logits))
-    )
-    instead = None if running is None else given(function, running, features, x)
-
-    def adjust(instance: Statistics) -> tuple[Statistics, Statistics]:
-        batch = merge_batch(instance, replicas)
-        parts = (instance, merge_along(instance, features), batch if instead is None else instead)
-        offset = sum(w * ((p.center - instance.center) + p.offset) for w, p in zip(mean_weights, parts, strict=True))
-        var = sum(w * p.var for w, p in zip(var_weights, parts, strict=True))
-        return instance._replace(offset=offset, var=var), batch
-
-    y, batch = normalize_array(
+    logits = [_check_logits(function, n, v) for n, v in (("mean_logits", mean_logits), ("var_logits", var_logits))]
+    instead = () if running is None else check_running(function, running, features, x)
+    return normalize_array(
         function,
         x,
         scale,
         bias,
         features=features,
         axes=axes,
+        kept=features,
         epsilon=epsilon,
-        adjust=adjust,
+        adjust=Mixture(features, replicas),
+        of_adjust=(*logits, *instead),
         mask=mask,
         activation=activation,
         residual=residual,
         invertible=invertible,
     )
-    return y, extract(batch, features)
 
 
-def _softmax(function: str, name: str, logits: Array, x: jax.Array) -> jax.Array:
+@dataclass(frozen=True)
+class Mixture(Formula):
+    """Of the statistics of instance, layer and batch: the ``adjust`` of switchable normalization.
+
+    Attributes:
+      features: the axes of a layer.
+      replicas: who holds the batch.
+    """
+
+    features: tuple[int, ...]
+    replicas: Replicas
+
+    def __call__(self, instance: Statistics, mean_logits, var_logits, *running) -> tuple[Statistics, Statistics]:
+        """The statistics used, and those of the batch."""
+        reported = batch = merge_batch(instance, self.replicas)
+        if running:
+            batch = given(*(_axes.laid_out(v, self.features, instance.var) for v in running))
+        mean_weights, var_weights = (jax.nn.softmax(v.astype(instance.var.dtype)) for v in (mean_logits, var_logits))
+        parts = (instance, merge_along(instance, self.features), batch)
+        offset = sum(w * ((p.center - instance.center) + p.offset) for w, p in zip(mean_weights, parts, strict=True))
+        var = sum(w * p.var for w, p in zip(var_weights, parts, strict=True))
+        return instance._replace(offset=offset, var=var), reported
+
+
+def _check_logits(function: str, name: str, logits: Array) -> jax.Array:
     logits = _axes.as_input(function, name, logits)
     if logits.shape != (3,) or jnp.iscomplexobj(logits):
         rule = f"{name} must be three real numbers, of instance, layer and batch"
         _axes.fail(function, rule, {"shape": logits.shape, "dtype": str(logits.dtype)})
-    return jax.nn.softmax(logits.astype(jnp.finfo(_axes.statistics_dtype(x.dtype)).dtype))
+    return logits
