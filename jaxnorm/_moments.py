@@ -83,7 +83,7 @@ def measured(weights: jax.Array) -> jax.Array:
 
 def divisor(count: jax.Array) -> jax.Array:
     """``count``, or one where it is zero: what was summed there is zero as well."""
-    return jnp.where(count > 0, count, 1)
+    return count + (count == 0)
 
 
 def count_over(sums: jax.Array, x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -150,15 +150,14 @@ def measure(
 
     def mean_of(part):
         first = sum_of(lambda v: v, part)
-        return first / divisor(count_over(first, part, weights, axes))
+        return settle(first / divisor(count_over(first, part, weights, axes)))
 
     def about(x, *center):
-        center = tuple(map(settle, center))
         offset, second = (sum_of(power, x, *center) for power in (lambda v: v, abs_sq))
         count = count_over(offset, x, weights, axes)
-        offset, second = offset / divisor(count), second / divisor(count)
-        start = sum(center, jnp.zeros_like(offset))
-        return Statistics(count, start, offset, jnp.maximum(second - abs_sq(offset), jnp.zeros_like(second)))
+        n = divisor(count)
+        offset, second, start = offset / n, second / n, sum(center, jnp.zeros_like(offset))
+        return Statistics(count, start, offset, jnp.maximum(second - abs_sq(offset), 0))
 
     def about_sample(x):
         return about(x, mean_of(sample(x, axes)))

@@ -102,15 +102,22 @@ def spread(how: Map, data: Any, stored: Any, small: tuple[Any, ...], further: tu
 
 @partial(spread.defjvp, symbolic_zeros=True)
 def _spread_tangent(how, primals, tangents):
-    """The tangent as the sum of what each of the tangents contributes."""
-    data, stored, *arrays = primals
-    t_data, _, *t_arrays = tangents
-    where, wide = platform(primals), data[0].dtype
+    """The tangent, computed again for the backward pass."""
+    y, (data, *arguments) = spread(how, *primals), primals
+    ts = [tuple(None if is_zero(t) else t for t in tangents[i]) for i in (0, 2, 3)]
+    if not jax.tree.leaves(ts):
+        return y, jnp.zeros_like(y)
+    parts = partial(_parts, how, platform(primals), data[0].shape, data[0].dtype)
+    return y, recomputed(parts)(*ts, *arguments)
 
-    def along_data(ts, stored, small, further):
+
+def _parts(how: Map, where: str, shape, wide, t_data, t_small, t_further, stored, small, further):
+    """The tangent as the sum of what each of the tangents contributes."""
+
+    def along_data(ts, stored, *arrays):
         data = how.read(*stored)
         ts = tuple(d if d is None else jnp.zeros_like(d) if t is None else t for t, d in zip(ts, data, strict=True))
-        return jax.jvp(lambda *data: how(data, small, further), data, ts)[1].astype(wide)
+        return jax.jvp(lambda *data: how(data, *arrays), data, ts)[1].astype(wide)
 
     def along(place, n, t, stored, *arrays):
         def of_one(value):
@@ -123,30 +130,29 @@ def _spread_tangent(how, primals, tangents):
     # once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads. But
     # that of a residual is stored anyway, and is that of what is added, too. On a TPU a ResNet-50 moves 8 % more with
     # barriers, in 211 kernels more (`benchmarks/compile_report.py --targets tpu-v5e-1 --cases resnet`).
-    own = [arrays]
-    stored_anyway = not is_zero(t_data[-1])
+    own = [(small, further)]
+    stored_anyway = t_data[-1] is not None
 
     def behind_a_barrier():
         if how.after is not None and where == "gpu":
             small, further = own[-1]  # in one barrier all would vary over the replicas over which one of them does
-            own.append([lax.optimization_barrier(small), tuple(map(lax.optimization_barrier, further))])
+            own.append((lax.optimization_barrier(small), tuple(map(lax.optimization_barrier, further))))
         return own[-1]
 
     first, parts = behind_a_barrier(), []
-    if not all(map(is_zero, t_data)):
-        parts.append(recomputed(along_data)([None if is_zero(t) else t for t in t_data], stored, *first))
-    for place, ts in enumerate(t_arrays):
-        changed = [n for n, t in enumerate(ts) if not is_zero(t)]
+    if any(t is not None for t in t_data):
+        parts.append(along_data(t_data, stored, *first))
+    for place, ts in enumerate((t_small, t_further)):
+        changed = [n for n, t in enumerate(ts) if t is not None]
         shared = len(ts) - 1 if place == 0 and stored_anyway else None
         own_of = [first if n == shared else behind_a_barrier() for n in changed]
         functions, given = [partial(along, place, n) for n in changed], [ts[n] for n in changed]
         if place == 0 and where == "gpu" and _are_a_pair(given):
-            parts.append(_paired(functions, data[0].shape, given, stored, own_of[-1]))
+            parts.append(_paired(functions, shape, given, stored, own_of[-1]))
         else:
-            separate = _by_itself if where == "cpu" else recomputed
-            parts += [separate(f)(t, stored, *own) for f, t, own in zip(functions, given, own_of, strict=True)]
-    y = spread(how, *primals)
-    return y, reduce(jnp.add, parts).astype(how.dtype) if parts else jnp.zeros_like(y)
+            functions = map(_by_itself, functions) if where == "cpu" and one_cpu() else functions
+            parts += [f(t, stored, *own) for f, t, own in zip(functions, given, own_of, strict=True)]
+    return reduce(jnp.add, parts).astype(how.dtype)
 
 
 def one_cpu() -> bool:
@@ -161,9 +167,7 @@ def _by_itself(function: Function) -> Function:
     data in float32, becomes an array, and writing one takes longer than all the sums there are. Where the data may be
     split over several devices sums stay together, so that one collective can serve them.
     """
-    if not one_cpu():
-        return recomputed(function)
-    call = jax.jit(recomputed(function))
+    call = jax.jit(function)
 
     def marked(*args):
         with set_xla_metadata(inlineable="false"):
@@ -188,4 +192,4 @@ def _paired(functions, shape, ts, stored, arrays):
         t = jnp.broadcast_to(t, shape)
         return functions[0](t.real, stored, *arrays) + functions[1](t.imag, stored, *arrays)
 
-    return recomputed(both)(lax.complex(*ts), stored, *arrays)
+    return both(lax.complex(*ts), stored, *arrays)
