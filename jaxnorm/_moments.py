@@ -11,6 +11,7 @@ with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing
 
 import math
 from collections.abc import Callable
+from functools import partial
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from jax import lax
 
 from jaxnorm._axes import statistics_dtype
 from jaxnorm._epilogue import Formula
-from jaxnorm._xla import platform, settle, sum_over
+from jaxnorm._xla import by_itself, platform, settle, sum_over
 
 STRIDE = 256
 """A center that is sampled is the mean of one position in so many of the data."""
@@ -152,18 +153,12 @@ def measure(
         first = sum_of(lambda v: v, part)
         return settle(first / divisor(count_over(first, part, weights, axes)))
 
-    def about(x, *center):
-        offset, second = (sum_of(power, x, *center) for power in (lambda v: v, abs_sq))
+    def about(x, *center, call=lambda function, *args: function(*args)):
+        offset, second = (call(partial(sum_of, power), x, *center) for power in (lambda v: v, abs_sq))
         count = count_over(offset, x, weights, axes)
         n = divisor(count)
         offset, second, start = offset / n, second / n, sum(center, jnp.zeros_like(offset))
         return Statistics(count, start, offset, jnp.maximum(second - abs_sq(offset), 0))
-
-    def about_sample(x):
-        return about(x, mean_of(sample(x, axes)))
-
-    def about_known(x):
-        return about(x) if near is None else about(x, near)
 
     if not centered:
         second = sum_of(abs_sq, x)
@@ -172,11 +167,15 @@ def measure(
     if weights is not None or (rows and where != "tpu"):
         return about(x, mean_of(x))
     large = all(isinstance(size, int) for size in x.shape) and x.size >= LARGE
+    known = () if near is None else (near,)
     if where == "cpu" and large and conditional:
-        found = about_known(x)
+        computed = known or x.dtype != dtype  # what both sums read
+        found = about(x, *known, call=by_itself) if computed else about(x)
         good = jnp.all(abs_sq(found.offset) <= NEAR * found.var)
-        return lax.cond(good, lambda x: found, about_sample, x)._replace(count=found.count)
-    return about_known(x) if where != "cpu" and x.dtype == jnp.bfloat16 else about_sample(x)
+        return lax.cond(good, lambda x: found, lambda x: about(x, mean_of(sample(x, axes))), x)._replace(count=found.count)
+    if where != "cpu" and x.dtype == jnp.bfloat16:
+        return about(x, *known)
+    return about(x, mean_of(sample(x, axes)))
 
 
 Total = Callable[..., tuple[jax.Array, ...]]

@@ -68,6 +68,24 @@ def gpu_barrier(value: Any) -> Any:
     return lax.optimization_barrier(value) if platform(value) == "gpu" else value
 
 
+def one_cpu() -> bool:
+    """Whether the data cannot be split over several devices."""
+    return jax.device_count("cpu") == 1
+
+
+def by_itself(function: Function, *args: Any) -> Any:
+    """``function(*args)``, on a CPU as a call that XLA does not inline, and so its transpose: a sum that shares nothing.
+
+    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but the
+    data in float32, becomes an array, and writing one takes longer than all the sums there are. Where the data may be
+    split over several devices sums stay together, so that one collective can serve them.
+    """
+    if platform(args) != "cpu" or not one_cpu():
+        return function(*args)
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(function)(*args)
+
+
 class Map(NamedTuple):
     """A map of the data that `spread` applies: ``after(affine(*data, *small), *further)``.
 
@@ -150,30 +168,8 @@ def _parts(how: Map, where: str, shape, wide, t_data, t_small, t_further, stored
         if place == 0 and where == "gpu" and _are_a_pair(given):
             parts.append(_paired(functions, shape, given, stored, own_of[-1]))
         else:
-            functions = map(_by_itself, functions) if where == "cpu" and one_cpu() else functions
-            parts += [f(t, stored, *own) for f, t, own in zip(functions, given, own_of, strict=True)]
+            parts += [by_itself(recomputed(f), t, stored, *own) for f, t, own in zip(functions, given, own_of, strict=True)]
     return reduce(jnp.add, parts).astype(how.dtype)
-
-
-def one_cpu() -> bool:
-    """Whether the data cannot be split over several devices."""
-    return jax.device_count("cpu") == 1
-
-
-def _by_itself(function: Function) -> Function:
-    """``function`` as a call that XLA does not inline, and so its transpose: on a CPU, a sum that shares nothing.
-
-    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but the
-    data in float32, becomes an array, and writing one takes longer than all the sums there are. Where the data may be
-    split over several devices sums stay together, so that one collective can serve them.
-    """
-    call = jax.jit(function)
-
-    def marked(*args):
-        with set_xla_metadata(inlineable="false"):
-            return call(*args)
-
-    return marked
 
 
 def _are_a_pair(ts):

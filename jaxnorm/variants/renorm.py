@@ -98,7 +98,7 @@ def batch_renorm(
         features=features,
         axes=_axes.others(features, x),
         kept=features,
-        near=running.mean,
+        near=mean,
         epsilon=epsilon,
         adjust=Correction(features),
         of_adjust=(mean, var, r_max, d_max, epsilon),
