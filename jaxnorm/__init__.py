@@ -2,7 +2,6 @@
 
 from jaxnorm._epilogue import InvertibleActivation
 from jaxnorm._moments import Moments, Statistics
-from jaxnorm._rule import save_statistics
 from jaxnorm.functional import (
     batch_norm,
     group_norm,
@@ -11,6 +10,7 @@ from jaxnorm.functional import (
     moments,
     normalize,
     rms_norm,
+    save_statistics,
     standardize,
 )
 from jaxnorm.running import RunningStats, init_running, merge_moments, update_running

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = int | Sequence[int]
 AxisNames = Hashable | Sequence[Hashable]
@@ -101,6 +102,21 @@ def extract(value: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.transpose(value, np.argsort(np.argsort(axes)).tolist())
 
 
+def split(v: jax.Array, axis: int, sizes: tuple[int, int]) -> jax.Array:
+    """One axis as two of these sizes; gathered, if an explicit sharding of it does not allow for it."""
+    typed = jax.typeof(v).sharding
+    names = typed.spec[axis] if isinstance(typed.spec[axis], tuple) else (typed.spec[axis],)
+    if typed.spec[axis] is not None and sizes[0] % math.prod(typed.mesh.shape[name] for name in names):
+        whole = [None if a == axis else name for a, name in enumerate(typed.spec)]
+        v = jax.sharding.reshard(v, NamedSharding(typed.mesh, PartitionSpec(*whole)))
+    return v.reshape(*v.shape[:axis], *sizes, *v.shape[axis + 1 :])
+
+
+def joined(v: jax.Array, like: jax.Array) -> jax.Array:
+    """In the shape of ``like``, and sharded as that."""
+    return lax.reshape(v, like.shape, out_sharding=jax.typeof(like).sharding)
+
+
 def check_parameter(function: str, name: str, value: Any, axes: tuple[int, ...], x: jax.Array) -> jax.Array | None:
     """A vector of the features (scale, bias, mean, var), or one for each example; not yet `laid_out`."""
     if value is None:
@@ -129,8 +145,8 @@ def check_statistic(function: str, name: str, value: Any, axes: tuple[int, ...],
     checked = check_parameter(function, name, value, axes, x)
     if checked is None:
         fail(function, f"{name} must be an array", {name: value}, TypeError)
-    if name == "var" and jnp.iscomplexobj(checked):
-        fail(function, "var must be real", {"dtype": str(checked.dtype)}, TypeError)
+    if name.endswith("var") and jnp.iscomplexobj(checked):
+        fail(function, f"{name} must be real", {"dtype": str(checked.dtype)}, TypeError)
     return checked
 
 

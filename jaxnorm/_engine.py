@@ -55,7 +55,7 @@ def _laid_out(how: How, a: Arguments) -> Arguments:
     given = None
     if a.given is not None:
         mean, var = map(lay, a.given)
-        given = Statistics(jnp.ones_like(var), mean, None, var)
+        given = Statistics(jnp.ones_like(var), mean, None, var)  # pyright: ignore[reportArgumentType]
     near = None if a.near is None else lax.stop_gradient(lay(a.near))
     mask = weights_of(a.mask, a.x)
     return a._replace(mask=mask, given=given, scale=lay(a.scale), bias=lay(a.bias), near=near)
@@ -108,7 +108,7 @@ def _invertible_tangent(how, primals, tangents):
     return (y, statistics, used, local), (gpu_barrier(t[0]), *t[1:])
 
 
-def _moments(how: How, statistics: Statistics) -> Moments | None:
+def _moments(how: How, statistics: Statistics) -> Any:
     if how.kept is None:
         return None
     moments = statistics.center + statistics.offset, statistics.var, statistics.count
@@ -116,8 +116,8 @@ def _moments(how: How, statistics: Statistics) -> Moments | None:
 
 
 @partial(jax.jit, static_argnums=0)
-def _compiled(how: How, a: Arguments) -> tuple[jax.Array, Moments | None]:
-    """One program a shape, traced and differentiated once, however many layers have it."""
+def _compiled(how: How, a: Arguments) -> tuple[jax.Array, Any]:
+    """One program for each shape, traced and differentiated once, however many layers have it."""
     a = _laid_out(how, a)
     y, statistics, *_ = (_standardize if how.inverse is None else _invertible)(how, a)
     return y, _moments(how, statistics)
@@ -132,7 +132,7 @@ def statistics(how: How, a: Arguments) -> Statistics:
 
 
 @partial(jax.jit, static_argnums=0)
-def moments(how: How, a: Arguments) -> Moments | None:
+def moments(how: How, a: Arguments) -> Moments:
     """`statistics`, rounded."""
     return _moments(how, statistics(how, a))
 
@@ -150,39 +150,26 @@ def standardize(how: How, a: Arguments) -> tuple[jax.Array, Any]:
     """Normalize ``x`` by statistics ``given`` or by its own, and report the `Moments` of the axes ``kept``.
 
     For the backward pass ``x`` is kept, in its own dtype, with statistics; the rest is recomputed. Where there is an
-    inverse, the output is kept in its place.
+    inverse, the output is kept in its place. A function of the caller is called as it is where nobody differentiates,
+    between programs of ours, so that none is traced for one call; else what it closes over becomes an argument.
     """
-    if is_ours(how.adjust) and is_ours(how.activation):
-        return _compiled(how, a)
-    return (_hoisted if any(isinstance(v, Tracer) for v in jax.tree.leaves(a)) else _called)(how, a)
-
-
-def _called(how: How, a: Arguments) -> tuple[jax.Array, Any]:
-    """Nobody differentiates: functions of others are called between programs of ours, and nothing is traced for them."""
-    plain = how._replace(activation=identity, inverse=None)
-    if not is_ours(how.adjust):
-        adjusted = how.adjust(statistics(plain._replace(adjust=None), a))
-        plain, a = plain._replace(adjust=Instead()), a._replace(of_adjust=(adjusted,))
-    if is_ours(how.activation):
-        return _compiled(plain._replace(activation=how.activation), a)
-    y, moments = _compiled(plain, a)
-    return applied(how.activation, y), moments
-
-
-def _hoisted(how: How, a: Arguments) -> tuple[jax.Array, Any]:
-    """Functions of others are traced; what they close over are arguments."""
-    x = vary(a.x, a)
-    if not is_ours(how.adjust):
-        plain = how._replace(adjust=None, activation=identity, inverse=None)
-        adjust, of_adjust = hoist(how.adjust, statistics(plain, a))
+    traced = any(isinstance(v, Tracer) for v in jax.tree.leaves(a))
+    if how.adjust is not None and not is_ours(how.adjust):
+        measured = statistics(how._replace(kept=None, adjust=None, activation=identity, inverse=None), a)
+        adjust, of_adjust = hoist(how.adjust, measured) if traced else (Instead(), (how.adjust(measured),))
         how, a = how._replace(adjust=adjust), a._replace(of_adjust=of_adjust)
-    if not is_ours(how.activation):
-        activation, of_activation = hoist(how.activation, x.astype(how.dtype))
-        how, a = how._replace(activation=activation), a._replace(of_activation=of_activation)
-        if how.inverse is not None:
-            inverse, of_inverse = hoist(how.inverse, x.astype(statistics_dtype(x.dtype)))
-            how, a = how._replace(inverse=inverse), a._replace(of_inverse=of_inverse)
-    return _compiled(how, a)
+    if is_ours(how.activation):
+        return _compiled(how, a)
+    if not traced:
+        y, moments = _compiled(how._replace(activation=identity, inverse=None), a)
+        return applied(how.activation, y), moments
+    x = vary(a.x, a)
+    activation, of_activation = hoist(how.activation, x.astype(how.dtype))
+    inverse, of_inverse = how.inverse, ()
+    if inverse is not None:
+        inverse, of_inverse = hoist(inverse, x.astype(statistics_dtype(x.dtype)))
+    how = how._replace(activation=activation, inverse=inverse)
+    return _compiled(how, a._replace(of_activation=of_activation, of_inverse=of_inverse))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxnorm._axes import fail
 
@@ -22,10 +23,6 @@ class Formula:
 
     The arrays that it needs are arguments after its own, so that they can be differentiated, and none is kept.
     """
-
-    def __call__(self, *args: Any) -> Any:
-        """The result of the arguments."""
-        raise NotImplementedError
 
 
 class InvertibleActivation(NamedTuple):
@@ -114,11 +111,10 @@ def hoist(function: Function, *example: Any) -> tuple[Function, tuple[Any, ...]]
     again by identity, though the function may close over something else by now, and keeps.
     """
     closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*example)
-    jaxpr, tree = closed.jaxpr, jax.tree.structure(shape)
+    jaxpr, tree, n = closed.jaxpr, jax.tree.structure(shape), len(example)
 
     def hoisted(*args: Any) -> Any:
-        own, closed_over = args[: len(example)], args[len(example) :]
-        return tree.unflatten(jax.core.eval_jaxpr(jaxpr, closed_over, *jax.tree.leaves(own)))
+        return tree.unflatten(jaxpr_as_fun(ClosedJaxpr(jaxpr, args[n:]))(*jax.tree.leaves(args[:n])))
 
     return hoisted, tuple(closed.consts)
 

@@ -17,8 +17,8 @@ from jax.core import Tracer
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, fail
 from jaxnorm._epilogue import Function, identity
-from jaxnorm._moments import ChannelGroups, Moments
-from jaxnorm.functional import Adjust, measure_array, normalize_array
+from jaxnorm._moments import Moments
+from jaxnorm.functional import Adjust, ChannelGroups, measure_array, normalize_array
 from jaxnorm.running import RunningStats, update_running
 
 Class = TypeVar("Class", bound=type)
@@ -241,7 +241,8 @@ def batch_norm(
             replicas = (layer.axis_name, layer.axis_index_groups)
             batch = measure_array(function, x, axes, features, mask, *replicas, near=mean)
     else:
-        own = {"x": x, "features": features, "axes": axes, "kept": features, "near": mean, "mask": mask, "initializing": initializing}
+        own = {"x": x, "features": features, "axes": axes, "kept": features, "near": mean, "mask": mask}
+        own |= {"initializing": initializing}
         y, batch = by_own(function, layer, **own, **settings)
     if batch is None:
         return y, None, None

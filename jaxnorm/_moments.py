@@ -12,7 +12,6 @@ with the center first, so that a mean of 1e6 with a deviation of 1 loses nothing
 import math
 from collections.abc import Callable
 from functools import partial
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._axes import statistics_dtype
-from jaxnorm._epilogue import Formula
 from jaxnorm._xla import by_itself, platform, settle, sum_over
 
 STRIDE = 256
@@ -84,7 +82,7 @@ def measured(weights: jax.Array) -> jax.Array:
 
 def divisor(count: jax.Array) -> jax.Array:
     """``count``, or one where it is zero: what was summed there is zero as well."""
-    return count + (count == 0)
+    return count + (count == 0).astype(count.dtype)
 
 
 def count_over(sums: jax.Array, x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -160,6 +158,9 @@ def measure(
         offset, second, start = offset / n, second / n, sum(center, jnp.zeros_like(offset))
         return Statistics(count, start, offset, jnp.maximum(second - abs_sq(offset), 0))
 
+    def about_sample(x):
+        return about(x, mean_of(sample(x, axes)))
+
     if not centered:
         second = sum_of(abs_sq, x)
         count, zero = count_over(second, x, weights, axes), jnp.zeros_like(second, dtype)
@@ -172,10 +173,10 @@ def measure(
         computed = known or x.dtype != dtype  # what both sums read
         found = about(x, *known, call=by_itself) if computed else about(x)
         good = jnp.all(abs_sq(found.offset) <= NEAR * found.var)
-        return lax.cond(good, lambda x: found, lambda x: about(x, mean_of(sample(x, axes))), x)._replace(count=found.count)
+        return lax.cond(good, lambda x: found, about_sample, x)._replace(count=found.count)
     if where != "cpu" and x.dtype == jnp.bfloat16:
         return about(x, *known)
-    return about(x, mean_of(sample(x, axes)))
+    return about_sample(x)
 
 
 Total = Callable[..., tuple[jax.Array, ...]]
@@ -196,23 +197,3 @@ def merge(parts: Statistics, total: Total) -> Statistics:
 def merge_along(parts: Statistics, axes: tuple[int, ...]) -> Statistics:
     """Merge parts that lie along ``axes``, which stay with size one."""
     return merge(parts, lambda *values: tuple(jnp.sum(v, axes, keepdims=True) for v in values))
-
-
-@dataclass(frozen=True)
-class ChannelGroups(Formula):
-    """Neighbouring channels share their statistics: the ``adjust`` of group normalization.
-
-    Attributes:
-      axis: that of the channels.
-      num_groups: how many groups there are.
-    """
-
-    axis: int
-    num_groups: int
-
-    def __call__(self, statistics: Statistics) -> Statistics:
-        """The statistics of each group, given to all of its channels."""
-        shape = statistics.var.shape
-        grouped = (*shape[: self.axis], self.num_groups, shape[self.axis] // self.num_groups, *shape[self.axis + 1 :])
-        merged = merge_along(Statistics(*(v.reshape(grouped) for v in statistics)), (self.axis + 1,))
-        return Statistics(*(jnp.broadcast_to(m, grouped).reshape(shape) for m in merged))

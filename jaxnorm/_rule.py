@@ -29,30 +29,6 @@ from jaxnorm._replicas import Replicas, vary
 from jaxnorm._xla import Map, is_zero, platform, recomputed, spread, sum_over
 
 STATISTICS, OUTPUT = "jaxnorm_stats", "jaxnorm_output"
-_policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
-
-
-def save_statistics(primitive: Any, *avals: Any, **params: Any) -> Any:
-    """A policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``: keeps statistics, and invertible outputs.
-
-    All else is computed again, but no reduction and no collective.
-
-    Args:
-      primitive: what jax asks about.
-      *avals: shapes and dtypes of its inputs.
-      **params: its parameters.
-
-    Returns:
-      Whether to keep what it gives.
-
-    Example:
-      >>> import jax, jaxnorm, jax.numpy as jnp
-      >>> block = lambda x: jaxnorm.batch_norm(x, activation="relu")[0].sum()
-      >>> kept = jax.checkpoint(block, policy=jaxnorm.save_statistics)
-      >>> jax.grad(kept)(jnp.arange(6.0).reshape(3, 2)).shape
-      (3, 2)
-    """
-    return _policy(primitive, *avals, **params)
 
 
 class How(NamedTuple):

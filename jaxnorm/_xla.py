@@ -74,11 +74,11 @@ def one_cpu() -> bool:
 
 
 def by_itself(function: Function, *args: Any) -> Any:
-    """``function(*args)``, on a CPU as a call that XLA does not inline, and so its transpose: a sum that shares nothing.
+    """``function(*args)``, on a CPU a call that XLA does not inline, nor its transpose: a sum that shares nothing.
 
-    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it but the
-    data in float32, becomes an array, and writing one takes longer than all the sums there are. Where the data may be
-    split over several devices sums stay together, so that one collective can serve them.
+    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it only
+    the data in float32, becomes an array, and writing one takes longer than all the sums there are. On several devices
+    sums stay together, so that one collective can serve them.
     """
     if platform(args) != "cpu" or not one_cpu():
         return function(*args)
@@ -112,80 +112,72 @@ def spread(how: Map, data: Any, stored: Any, small: tuple[Any, ...], further: tu
     """What ``how`` makes of the ``data``, and of arrays that are spread over it.
 
     The derivative is the usual one. But the data is read again for it, so that nothing is kept but what is stored,
-    whose own derivative is that of the data; and each argument has a part of the derivative to itself, so that the sums
-    over the data that are the transposes of these parts read what they need by themselves.
+    whose own derivative is that of the data.
     """
     return how(how.read(*stored), small, further).astype(how.dtype)
 
 
 @partial(spread.defjvp, symbolic_zeros=True)
 def _spread_tangent(how, primals, tangents):
-    """The tangent, computed again for the backward pass."""
-    y, (data, *arguments) = spread(how, *primals), primals
-    ts = [tuple(None if is_zero(t) else t for t in tangents[i]) for i in (0, 2, 3)]
-    if not jax.tree.leaves(ts):
+    y, (data, stored, small, further) = spread(how, *primals), primals
+    t_data, t_small, t_further = (tuple(None if is_zero(t) else t for t in tangents[i]) for i in (0, 2, 3))
+    if not jax.tree.leaves((t_data, t_small, t_further)):
         return y, jnp.zeros_like(y)
-    parts = partial(_parts, how, platform(primals), data[0].shape, data[0].dtype)
-    return y, recomputed(parts)(*ts, *arguments)
+    parts = partial(_parts, how, len(small), data[0].shape, data[0].dtype)
+    return y, recomputed(parts)(t_data, (*t_small, *t_further), stored, (*small, *further))
 
 
-def _parts(how: Map, where: str, shape, wide, t_data, t_small, t_further, stored, small, further):
-    """The tangent as the sum of what each of the tangents contributes."""
+def _parts(how: Map, n_small: int, shape, wide, t_data, ts, stored, arrays):
+    """The tangent as a sum of parts, one for the data and one for each array, whose transposes are sums over the data.
 
-    def along_data(ts, stored, *arrays):
+    Where several parts read the cotangent times a derivative that takes the data to compute, XLA for GPUs would compute
+    that once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads: a
+    step with a SiLU inside is 8 passes over the data instead of 11. But that of a residual is stored anyway, and is
+    that of what is added, too. On a TPU a ResNet-50 moves 8 % more with barriers, in 211 kernels more
+    (`benchmarks/compile_report.py --targets h200-1 tpu-v5e-1 --cases epilogues resnet`).
+    """
+
+    def at(data, arrays):
+        return how(data, arrays[:n_small], arrays[n_small:])
+
+    def along_data(ts, stored, arrays):
         data = how.read(*stored)
         ts = tuple(d if d is None else jnp.zeros_like(d) if t is None else t for t, d in zip(ts, data, strict=True))
-        return jax.jvp(lambda *data: how(data, *arrays), data, ts)[1].astype(wide)
+        return jax.jvp(lambda *data: at(data, arrays), data, ts)[1].astype(wide)
 
-    def along(place, n, t, stored, *arrays):
+    def along(n, t, stored, arrays):
         def of_one(value):
-            changed = (*arrays[place][:n], value, *arrays[place][n + 1 :])
-            return how(how.read(*stored), *arrays[:place], changed, *arrays[place + 1 :])
+            return at(how.read(*stored), (*arrays[:n], value, *arrays[n + 1 :]))
 
-        return jax.jvp(of_one, (jnp.broadcast_to(arrays[place][n], t.shape),), (t,))[1].astype(wide)
+        return jax.jvp(of_one, (jnp.broadcast_to(arrays[n], t.shape),), (t,))[1].astype(wide)
 
-    # Where several parts read the cotangent times a derivative that takes the data to compute, XLA would compute that
-    # once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads. But
-    # that of a residual is stored anyway, and is that of what is added, too. On a TPU a ResNet-50 moves 8 % more with
-    # barriers, in 211 kernels more (`benchmarks/compile_report.py --targets tpu-v5e-1 --cases resnet`).
-    own = [(small, further)]
-    stored_anyway = t_data[-1] is not None
+    def along_both(m, n, t, stored, arrays):
+        t = jnp.broadcast_to(t, shape)
+        return along(m, t.real, stored, arrays) + along(n, t.imag, stored, arrays)
+
+    where, own = platform(ts, stored, arrays), [arrays]
 
     def behind_a_barrier():
-        if how.after is not None and where == "gpu":
-            small, further = own[-1]  # in one barrier all would vary over the replicas over which one of them does
-            own.append((lax.optimization_barrier(small), tuple(map(lax.optimization_barrier, further))))
+        if how.after is not None and where == "gpu":  # one for each: in one all would vary over replicas if one does
+            own.append(tuple(map(lax.optimization_barrier, own[-1])))
         return own[-1]
 
     first, parts = behind_a_barrier(), []
     if any(t is not None for t in t_data):
-        parts.append(along_data(t_data, stored, *first))
-    for place, ts in enumerate((t_small, t_further)):
-        changed = [n for n, t in enumerate(ts) if t is not None]
-        shared = len(ts) - 1 if place == 0 and stored_anyway else None
-        own_of = [first if n == shared else behind_a_barrier() for n in changed]
-        functions, given = [partial(along, place, n) for n in changed], [ts[n] for n in changed]
-        if place == 0 and where == "gpu" and _are_a_pair(given):
-            parts.append(_paired(functions, shape, given, stored, own_of[-1]))
-        else:
-            parts += [by_itself(recomputed(f), t, stored, *own) for f, t, own in zip(functions, given, own_of, strict=True)]
+        parts.append(along_data(t_data, stored, first))
+    changed = {n: t for n, t in enumerate(ts) if t is not None}
+    pair = [(n, t) for n, t in changed.items() if n < n_small]
+    # XLA for GPUs computes and stores a cotangent that two sums read, if it takes more than a comparison; for one sum
+    # it computes it as it reads. So two sums are the parts of a complex one: with a SiLU outside of the norm that is 11
+    # passes over the data or 8 (`benchmarks/compile_report.py --targets h200-1 --cases epilogues`).
+    alike = len({t.shape for _, t in pair}) == 1 and not any(jnp.iscomplexobj(t) for _, t in pair)
+    if where == "gpu" and len(pair) == 2 and alike:
+        (m, real), (n, imaginary) = pair
+        parts.append(along_both(m, n, lax.complex(real, imaginary), stored, behind_a_barrier()))
+        del changed[m], changed[n]
+    for n, t in changed.items():
+        stored_anyway = n == n_small - 1 and t_data[-1] is not None
+        parts.append(
+            by_itself(recomputed(partial(along, n)), t, stored, first if stored_anyway else behind_a_barrier())
+        )
     return reduce(jnp.add, parts).astype(how.dtype)
-
-
-def _are_a_pair(ts):
-    return len(ts) == 2 and ts[0].shape == ts[1].shape and not any(map(jnp.iscomplexobj, ts))
-
-
-def _paired(functions, shape, ts, stored, arrays):
-    """The parts of two tangents that are made those of a complex one: in the transpose, a single sum over the data.
-
-    A cotangent that two sums read XLA for GPUs computes and stores first, if that takes more than a comparison; for
-    one sum it computes it as it reads. With a SiLU outside of the norm that is 11 passes over the data or 8
-    (`benchmarks/compile_report.py --targets h200-1 --cases epilogues`).
-    """
-
-    def both(t, stored, *arrays):
-        t = jnp.broadcast_to(t, shape)
-        return functions[0](t.real, stored, *arrays) + functions[1](t.imag, stored, *arrays)
-
-    return both(lax.complex(*ts), stored, *arrays)

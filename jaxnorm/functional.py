@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,15 +10,38 @@ import jax.numpy as jnp
 
 from jaxnorm import _axes, _engine
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._epilogue import Activation, check_activation, inverse_of
-from jaxnorm._moments import ChannelGroups, Moments, Statistics
+from jaxnorm._epilogue import Activation, Formula, check_activation, inverse_of
+from jaxnorm._moments import Moments, Statistics, merge_along
 from jaxnorm._replicas import Replicas
-from jaxnorm._rule import How
+from jaxnorm._rule import OUTPUT, STATISTICS, How
 
 Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
 Adjust = Callable[[Statistics], Statistics]
 Warn = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class ChannelGroups(Formula):
+    """Neighbouring channels share their statistics: the ``adjust`` of group normalization.
+
+    Attributes:
+      axis: that of the channels.
+      num_groups: how many groups there are.
+    """
+
+    axis: int
+    num_groups: int
+
+    def __call__(self, statistics: Statistics) -> Statistics:
+        """The statistics of each group, given to all of its channels."""
+        shape = statistics.var.shape
+        channels = (self.num_groups, shape[self.axis] // self.num_groups)
+        merged = merge_along(Statistics(*(_axes.split(v, self.axis, channels) for v in statistics)), (self.axis + 1,))
+        wide = (*shape[: self.axis], *channels, *shape[self.axis + 1 :])
+        return Statistics(
+            *(_axes.joined(jnp.broadcast_to(m, wide), v) for m, v in zip(merged, statistics, strict=True))
+        )
 
 
 def normalize_array(
@@ -29,7 +53,7 @@ def normalize_array(
     features: tuple[int, ...],
     axes: tuple[int, ...] = (),
     kept: tuple[int, ...] | None = None,
-    given: tuple[Array, Array] | None = None,
+    given: tuple[Array, ...] | None = None,
     near: Array | None = None,
     epsilon: Any,
     centered: bool = True,
@@ -70,7 +94,8 @@ def normalize_array(
     if invertible:
         _axes.check_invertible_scale(function, scale, how.dtype)
     if given is not None:
-        given = tuple(_axes.check_statistic(function, n, v, features, x) for n, v in zip(("mean", "var"), given))
+        mean, var = given
+        given = tuple(_axes.check_statistic(function, n, v, features, x) for n, v in (("mean", mean), ("var", var)))
     elif warn and centered and (adjust is None or isinstance(adjust, ChannelGroups)):
         group = x.shape[adjust.axis] // adjust.num_groups if isinstance(adjust, ChannelGroups) else 1
         _axes.warn_of_one_value(warn, function, x, how.axes, group, *replicas)
@@ -629,3 +654,29 @@ def measure_array(
 def _is_jet(x: jax.Array) -> bool:
     jet: Any = sys.modules.get("jax.experimental.jet")
     return jet is not None and isinstance(x, jet.JetTracer)
+
+
+_policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
+
+
+def save_statistics(primitive: Any, *avals: Any, **params: Any) -> Any:
+    """A policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``: keeps statistics, and invertible outputs.
+
+    All else is computed again, but no reduction and no collective.
+
+    Args:
+      primitive: what jax asks about.
+      *avals: shapes and dtypes of its inputs.
+      **params: its parameters.
+
+    Returns:
+      Whether to keep what it gives.
+
+    Example:
+      >>> import jax, jaxnorm, jax.numpy as jnp
+      >>> block = lambda x: jaxnorm.batch_norm(x, activation="relu")[0].sum()
+      >>> kept = jax.checkpoint(block, policy=jaxnorm.save_statistics)
+      >>> jax.grad(kept)(jnp.arange(6.0).reshape(3, 2)).shape
+      (3, 2)
+    """
+    return _policy(primitive, *avals, **params)

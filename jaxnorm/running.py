@@ -166,11 +166,10 @@ def update_running(
 def _updated(running: RunningStats, batch: Moments, alpha: Any, unbiased: bool) -> RunningStats:
     """One program for all layers of a shape."""
     (old_mean, old_var, old_count), (mean, var, count) = running, batch
-    if jax.typeof(old_mean).sharding != jax.typeof(mean).sharding:  # part of the types: all take that of the sum
-        zero = (jnp.zeros_like(old_mean) + jnp.zeros_like(mean)).real
-        old_mean, old_var, old_count, mean, var, count = (
-            value + zero.astype(value.dtype) for value in (old_mean, old_var, old_count, mean, var, count)
-        )
+    values = (old_mean, old_var, old_count, mean, var, count)
+    if len({jax.typeof(v).sharding for v in values}) > 1:  # part of the types: all take that of their sum
+        zero = sum((jnp.zeros_like(v).real for v in values), jnp.zeros(()))
+        old_mean, old_var, old_count, mean, var, count = (v + zero.astype(v.dtype) for v in values)
     kind = jnp.promote_types(old_mean.dtype, mean.dtype) if jnp.iscomplexobj(mean) else old_mean.dtype
     finite = jnp.isfinite(mean) & jnp.isfinite(var) & jnp.isfinite(count)
     mean, var, count = (jnp.where(finite, value, 0) for value in (mean, var, count))

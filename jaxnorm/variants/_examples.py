@@ -4,14 +4,11 @@ A remedy passes no ``axis_name`` to the engine, which would merge the first exam
 another: it merges examples, and replicas, in its ``adjust``.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes
@@ -36,11 +33,9 @@ def check_running(function: str, running: Any, features: tuple[int, ...], x: jax
         rule = "running must be RunningStats or Moments"
         _axes.fail(function, rule, {"type": type(running).__name__}, TypeError)
     mean, var = (
-        _axes.check_parameter(function, f"running.{name}", getattr(running, name), features, x)
+        _axes.check_statistic(function, f"running.{name}", getattr(running, name), features, x)
         for name in ("mean", "var")
     )
-    if mean is None or var is None:
-        _axes.fail(function, "running must have a mean and a variance", {"running": running}, TypeError)
     return mean, var
 
 
@@ -73,20 +68,3 @@ def of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
 def _own(labels: jax.Array, size: int, ndim: int) -> jax.Array:
     """Whether the second index of an array of rank ``ndim`` has the first as its label."""
     return jnp.expand_dims(jnp.arange(size)[:, None] == labels[None], range(2, ndim))
-
-
-def regroup(examples: Statistics, parts: int) -> Statistics:
-    """Examples that can be split into so many parts: gathered, if their explicit sharding does not allow for it."""
-    typed = jax.typeof(examples.var).sharding
-    names = typed.spec[0] if isinstance(typed.spec[0], tuple) else (typed.spec[0],)
-    if typed.spec[0] is None or parts % math.prod(typed.mesh.shape[name] for name in names) == 0:
-        return examples
-    whole = NamedSharding(typed.mesh, P(None, *typed.spec[1:]))
-    return Statistics(*(jax.sharding.reshard(v, whole) for v in examples))
-
-
-def repeated(values: jax.Array, examples: jax.Array) -> jax.Array:
-    """``values``, each as often as is needed for as many as there are ``examples``, and sharded as those."""
-    shape = (len(values), len(examples) // len(values), *values.shape[1:])
-    wide = jnp.broadcast_to(values[:, None], shape)
-    return lax.reshape(wide, examples.shape, out_sharding=jax.typeof(examples).sharding)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from jaxnorm import _axes, _engine
 from jaxnorm._axes import Axes, AxisNames
-from jaxnorm._moments import ChannelGroups, Moments
+from jaxnorm._moments import Moments
 from jaxnorm._replicas import Replicas
 from jaxnorm._rule import How
-from jaxnorm.functional import Array, Groups
+from jaxnorm.functional import Array, ChannelGroups, Groups
 from jaxnorm.variants._examples import check_examples, check_running, merge_batch
 
 
@@ -135,7 +135,7 @@ def evonorm_s0(
 @partial(jax.jit, static_argnums=(0, 1))
 def _normalized_s0(how: How, num_groups: int, x, mask, parameters, epsilon) -> jax.Array:
     instance = _engine.statistics(how, _engine.Arguments(x, mask))
-    group = ChannelGroups(*how.features, num_groups)(instance)
+    group = ChannelGroups(how.features[0], num_groups)(instance)
     multiplier = (group.count > 0) / jnp.sqrt(group.var + epsilon)
     return _engine.pointwise(_s0, how.features, x, mask, parameters, multiplier)
 

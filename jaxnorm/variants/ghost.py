@@ -15,7 +15,7 @@ from jaxnorm._moments import Moments, Statistics, merge_along
 from jaxnorm._replicas import Replicas, merge_replicas
 from jaxnorm._rule import saved
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, merge_labelled, regroup, repeated
+from jaxnorm.variants._examples import check_examples, merge_labelled
 
 
 def ghost_batch_norm(
@@ -113,8 +113,8 @@ class VirtualBatches(Formula):
         """The statistics of each virtual batch, given to its examples; and their averages."""
         batch, (members, place) = examples.var.shape[0], _members(self.replicas)
         piece = math.gcd(batch, self.size)  # of what lies here of one virtual batch, or of several
-        split = regroup(examples, batch // piece)
-        parts = merge_along(Statistics(*(v.reshape(-1, piece, *v.shape[1:]) for v in split)), (1,))
+        pieces = Statistics(*(_axes.split(v, 0, (batch // piece, piece)) for v in examples))
+        parts = merge_along(pieces, (1,))
         used = parts = Statistics(*(v[:, 0] for v in parts))
         if piece == self.size:
             reported = _averages(parts, self.replicas)
@@ -122,7 +122,8 @@ class VirtualBatches(Formula):
             labels = (place * (batch // piece) + jnp.arange(batch // piece)) // (self.size // piece)
             virtual, used = merge_labelled(parts, labels, batch * max(members) // self.size, self.replicas)
             reported = _averages(virtual, Replicas())
-        return Statistics(*(repeated(v, e) for v, e in zip(used, examples, strict=True))), reported
+        repeated = (jnp.broadcast_to(u[:, None], p.shape) for u, p in zip(used, pieces, strict=True))
+        return Statistics(*(_axes.joined(v, e) for v, e in zip(repeated, examples, strict=True))), reported
 
 
 def _members(replicas: Replicas) -> tuple[list[int], jax.Array | int]:

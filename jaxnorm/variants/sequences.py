@@ -1,12 +1,17 @@
 """Sequences of varying length: masks from lengths, and statistics for each time step."""
 
+from functools import partial
+from typing import Any
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm import _axes
 from jaxnorm.functional import Array
 from jaxnorm.running import RunningStats
+from jaxnorm.variants._examples import of_label
 
 
 def length_mask(lengths: Array, length: int) -> jax.Array:
@@ -43,10 +48,15 @@ def length_mask(lengths: Array, length: int) -> jax.Array:
     lengths = _axes.as_array("length_mask", "lengths", lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         _axes.fail("length_mask", "lengths must be integers", {"dtype": str(lengths.dtype)}, TypeError)
-    if isinstance(length, bool) or not isinstance(length, int | np.integer):
+    if isinstance(length, bool) or not (isinstance(length, int | np.integer) or jax.export.is_symbolic_dim(length)):
         _axes.fail("length_mask", "length must be an integer", {"length": length}, TypeError)
-    if length < 0:
+    if isinstance(length, int | np.integer) and length < 0:
         _axes.fail("length_mask", "length must not be negative", {"length": length})
+    return _longer(length, lengths)
+
+
+@partial(jax.jit, static_argnums=0)
+def _longer(length: Any, lengths: jax.Array) -> jax.Array:
     return jnp.expand_dims(lengths, -1) > jnp.expand_dims(jnp.arange(length), range(lengths.ndim))
 
 
@@ -80,6 +90,12 @@ def running_at(running: RunningStats, steps: Array) -> RunningStats:
     shape = jnp.shape(running.count)
     if not shape or not shape[0]:
         _axes.fail("running_at", "running must have time as its first axis", {"shape": shape})
-    seen = jnp.any(running.count.reshape(shape[0], -1) > 0, axis=1)
-    last = jnp.max(jnp.where(seen, jnp.arange(shape[0]), 0))
-    return RunningStats(*(jnp.take(v, jnp.minimum(steps, last), axis=0) for v in running))
+    return _at(running, steps)
+
+
+@jax.jit
+def _at(running: RunningStats, steps: jax.Array) -> RunningStats:
+    seen = jnp.any(running.count.reshape(len(running.count), -1) > 0, axis=1)
+    last = jnp.max(jnp.where(seen, jnp.arange(len(seen)), 0))
+    at = jnp.minimum(steps, last)
+    return RunningStats(*(of_label(v, at.ravel()).reshape(*at.shape, *v.shape[1:]) for v in running))
