@@ -22,8 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import jaxnorm
+import jaxnorm.nnx
 from jaxnorm import training
 from jaxnorm.training import _models
 
@@ -261,6 +263,121 @@ def resnet(name: str, activation: str, examples: int, pixels: int, contender: st
     norms = len(jax.tree.leaves(variables["batch_stats"])) // 2
     labels = jax.ShapeDtypeStruct((examples,), jnp.int32)
     return Program(step, (variables, momentum, x, labels), 1e6, norms, (0, 1))
+
+
+# Of NNX -------------------------------------------------------------------------------------------------------------
+
+
+class NNXNorm(nnx.Module):
+    """`Norm` of NNX."""
+
+    def __init__(self, contender: str, kind: str, features: int, activation: str | None, rngs: nnx.Rngs) -> None:
+        library = nnx if contender == "flax" else jaxnorm.nnx
+        inside = {"activation": activation} if contender == "inside" else {}
+        name = {"batch": "BatchNorm", "layer": "LayerNorm"}[kind]
+        self.norm = getattr(library, name)(features, dtype=jnp.bfloat16, rngs=rngs, **inside)
+        self.inside, self.activation = bool(inside), activation
+
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """Normalized with the statistics of ``x``."""
+        if self.inside:
+            return self.norm(x, residual=residual)
+        x = self.norm(x)
+        x = x if residual is None else x + residual
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+
+def _nnx_conv(features: int, width: int, size: int, strides: int, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(features, width, (size, size), strides, use_bias=False, dtype=jnp.bfloat16, rngs=rngs)
+
+
+class NNXBottleneck(nnx.Module):
+    """A block of a ResNet-50."""
+
+    def __init__(self, contender: str, features: int, width: int, strides: int, rngs: nnx.Rngs) -> None:
+        sizes = [(features, width, 1, 1), (width, width, 3, strides), (width, 4 * width, 1, 1)]
+        self.convs = nnx.List([_nnx_conv(*size, rngs) for size in sizes])
+        self.norms = nnx.List([NNXNorm(contender, "batch", w, "relu", rngs) for w in (width, width, 4 * width)])
+        self.shortcut = nnx.data(None)
+        if features != 4 * width:
+            conv = _nnx_conv(features, 4 * width, 1, strides, rngs)
+            self.shortcut = nnx.Sequential(conv, NNXNorm(contender, "batch", 4 * width, None, rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Of the shape of ``x``, or of half its size."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        for conv, norm, residual in zip(self.convs, self.norms, (None, None, shortcut), strict=True):
+            x = norm(conv(x), residual)
+        return x
+
+
+class NNXResNet(nnx.Module):
+    """ResNet-50."""
+
+    def __init__(self, contender: str, rngs: nnx.Rngs) -> None:
+        self.stem, self.norm = _nnx_conv(3, 64, 7, 2, rngs), NNXNorm(contender, "batch", 64, "relu", rngs)
+        self.blocks, features = nnx.List(), 64
+        for stage, depth in enumerate((3, 4, 6, 3)):
+            for block in range(depth):
+                width, strides = 64 * 2**stage, 2 if stage and not block else 1
+                self.blocks.append(NNXBottleneck(contender, features, width, strides, rngs))
+                features = 4 * width
+        self.dense = nnx.Linear(features, 1000, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits."""
+        x = nnx.max_pool(self.norm(self.stem(x)), (3, 3), (2, 2), "SAME")
+        for block in self.blocks:
+            x = block(x)
+        return self.dense(x.mean((1, 2)).astype(jnp.float32))
+
+
+class NNXTransformer(nnx.Module):
+    """Blocks of attention and a perceptron, each normalized before and added after."""
+
+    def __init__(self, contender: str, layers: int, width: int, rngs: nnx.Rngs) -> None:
+        dtype = jnp.bfloat16
+        for name in ("norms", "attentions", "wide", "narrow"):
+            setattr(self, name, nnx.List())
+        for _ in range(layers):
+            self.norms.extend(NNXNorm(contender, "layer", width, None, rngs) for _ in range(2))
+            self.attentions.append(nnx.MultiHeadAttention(16, width, dtype=dtype, decode=False, rngs=rngs))
+            self.wide.append(nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs))
+            self.narrow.append(nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Of the shape of ``x``."""
+        for n, (attention, wide, narrow) in enumerate(zip(self.attentions, self.wide, self.narrow, strict=True)):
+            x = x + attention(self.norms[2 * n](x))
+            x = x + narrow(nnx.gelu(wide(self.norms[2 * n + 1](x))))
+        return x
+
+
+def first_step(name: str, library: str, contender: str) -> Program:
+    """A training step of ResNet-50, on 8 images of 64 x 64, or of a transformer of 12 blocks."""
+    if library == "linen" and name == "ResNet-50":
+        return resnet("resnet50", "relu", 8, 64, contender)
+    tokens = jax.ShapeDtypeStruct((2, 64, 256), jnp.bfloat16)
+    if library == "linen":
+        blocks = nn.Sequential([TransformerBlock(contender, "layer") for _ in range(12)])
+        variables = jax.eval_shape(blocks.init, jax.random.key(0), tokens)
+        gradient = jax.grad(lambda v, x: jnp.mean(jnp.square(blocks.apply(v, x).astype(jnp.float32))))
+        return Program(gradient, (variables, tokens), 1e6, 24)
+    images = jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.bfloat16)
+    make, x = {
+        "ResNet-50": (lambda: NNXResNet(contender, nnx.Rngs(0)), images),
+        "transformer": (lambda: NNXTransformer(contender, 12, 256, nnx.Rngs(0)), tokens),
+    }[name]
+    graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+    def gradient(params, rest, x):
+        def loss(params):
+            model = nnx.merge(graph, params, rest, copy=True)
+            return jnp.mean(jnp.square(model(x).astype(jnp.float32))), nnx.state(model, nnx.BatchStat)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    return Program(gradient, (params, rest, x), 1e6, 53 if name == "ResNet-50" else 24)
 
 
 Case = tuple[str, Callable[[str], Program], tuple[str, ...]]

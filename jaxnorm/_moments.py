@@ -19,16 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._axes import statistics_dtype
-from jaxnorm._xla import by_itself, platform, settle, sum_over
+from jaxnorm._xla import by_itself, is_large, platform, settle, sum_over
 
 STRIDE = 256
 """A center that is sampled is the mean of one position in so many of the data."""
 
 NEAR = 4
 """Sums about zero are good enough while the square of the mean is at most so many variances, of every feature."""
-
-LARGE = 2**17
-"""From so many values on it pays to try."""
 
 
 class Moments(NamedTuple):
@@ -167,9 +164,8 @@ def measure(
         return Statistics(count, zero, zero, second / divisor(count))
     if weights is not None or (rows and where != "tpu"):
         return about(x, mean_of(x))
-    large = all(isinstance(size, int) for size in x.shape) and x.size >= LARGE
     known = () if near is None else (near,)
-    if where == "cpu" and large and conditional:
+    if where == "cpu" and is_large(x.shape) and conditional:
         computed = known or x.dtype != dtype  # what both sums read
         found = about(x, *known, call=by_itself) if computed else about(x)
         good = jnp.all(abs_sq(found.offset) <= NEAR * found.var)

@@ -68,6 +68,11 @@ def gpu_barrier(value: Any) -> Any:
     return lax.optimization_barrier(value) if platform(value) == "gpu" else value
 
 
+def is_large(shape: tuple[Any, ...]) -> bool:
+    """Whether there are so many values that a sum of them on a CPU takes longer than to begin it."""
+    return all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**17
+
+
 def one_cpu() -> bool:
     """Whether the data cannot be split over several devices."""
     return jax.device_count("cpu") == 1
@@ -80,7 +85,8 @@ def by_itself(function: Function, *args: Any) -> Any:
     the data in float32, becomes an array, and writing one takes longer than all the sums there are. On several devices
     sums stay together, so that one collective can serve them.
     """
-    if platform(args) != "cpu" or not one_cpu():
+    large = any(is_large(a.shape) for a in jax.tree.leaves(args))
+    if not (large and platform(args) == "cpu" and one_cpu()):
         return function(*args)
     with set_xla_metadata(inlineable="false"):
         return jax.jit(function)(*args)

@@ -147,6 +147,7 @@ def compiled(request):
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_xla, "one_cpu", lambda: True)
+        patch.setattr(_xla, "is_large", lambda shape: True)
         jax.clear_caches()
         yield request.param
     jax.clear_caches()
