@@ -18,7 +18,7 @@ from jaxnorm._epilogue import Formula, Function, applied, hoist, identity, is_ou
 from jaxnorm._moments import Moments, Statistics
 from jaxnorm._replicas import merge_replicas, vary
 from jaxnorm._rule import OUTPUT, How, as_stored, measured_statistics, named, normalized, relative, saved
-from jaxnorm._xla import Map, gpu_barrier, spread
+from jaxnorm._xla import Map, spread
 
 
 def _measure(how: How, read: Function, data, stored, weights, near, origin=None, known=None, differentiated=False):
@@ -103,9 +103,9 @@ def _invertible_tangent(how, primals, tangents):
         z = z if a.scale is None else z * (1 / a.scale)  # a division for every value would cost XLA an array
         return z * jnp.sqrt(used.var + a.epsilon), residual
 
-    stored = (gpu_barrier(y), primals[0]._replace(x=None), used)
+    stored = (y, primals[0]._replace(x=None), used)
     _, t = jax.jvp(lambda a: _standardize(how, a, recovered, stored, used, local), primals, tangents)
-    return (y, statistics, used, local), (gpu_barrier(t[0]), *t[1:])
+    return (y, statistics, used, local), t
 
 
 def _moments(how: How, statistics: Statistics) -> Any:

@@ -63,11 +63,6 @@ def settle(center: jax.Array) -> jax.Array:
     return jnp.minimum(center, jnp.full_like(center, jnp.finfo(center.dtype).max))
 
 
-def gpu_barrier(value: Any) -> Any:
-    """``value``, of which XLA cannot, on a GPU, compute and store in the forward pass what the backward pass needs."""
-    return lax.optimization_barrier(value) if platform(value) == "gpu" else value
-
-
 def is_large(shape: tuple[Any, ...]) -> bool:
     """Whether there are so many values that a sum of them on a CPU takes longer than to begin it."""
     return all(isinstance(size, int) for size in shape) and math.prod(shape) >= 2**17
