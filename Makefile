@@ -56,20 +56,9 @@ docs: $(VENV)/documents
 	$(BIN)/python docs/check.py docs/_build/html
 
 # The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.
-# Not what depends on no version: arithmetic against NumPy in float64, messages, files, the command line, documents, peers;
-# nor the examples in docstrings.
-OF_NO_VERSION := oracles numerics derivatives running variants errors data training_program documents docs_links peers \
-	references surgery_convert surgery_inspect
-ARITHMETIC := fused:values fused:invertible_derivatives fused:invertible_gradients fused:every_way fused:slopes \
-	fused:a_saturated fused:a_learned fused:every_name fused:layers layers:masks_of_every_shape layers:a_module_as \
-	layers:activations_by_name layers:an_invertible training:recalibrat training:averages training:padding \
-	training:residual_blocks training:place training:logits training:what_each training:weight_decay training:errors \
-	training:resnets_have training:networks_whose variant_layers:renorm variant_layers:longer surgery_recalibrate:errors \
-	surgery_recalibrate:adaptation surgery_recalibrate:what_is surgery_freeze:frozen_affine surgery_swap:swapped_norms
-
+# Not what no version changes, nor the examples in docstrings.
 test-newest: .venv-newest/installed
-	$(call tests,.venv-newest) tests -m "not slow" $(OF_NO_VERSION:%=--ignore=tests/test_%.py) \
-		$(foreach test,$(subst :,.py::test_,$(ARITHMETIC)),--deselect=tests/test_$(test)) $(ARGS)
+	$(call tests,.venv-newest) tests -m "not slow and not any_version" $(ARGS)
 
 test-oldest: .venv-oldest/installed
 	$(call tests,.venv-oldest) -m "not slow" $(ARGS)

@@ -33,6 +33,11 @@ def assert_close(actual, expected, size=1, magnitude=0.0, what=""):
     assert error <= allowed, f"{what}: error {error:.3g} exceeds {allowed:.3g}"
 
 
+def quick_first(quick, values):
+    """Parameters of which `make test` tries the first so many; the others are slow."""
+    return [v if n < quick else pytest.param(v, marks=pytest.mark.slow) for n, v in enumerate(values)]
+
+
 def pairwise(*factors, without=lambda *values: False, beyond=lambda *values: True):
     """Parameters of combinations, but those ``without``: enough that any two values meet, and slow ones ``beyond``.
 

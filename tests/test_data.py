@@ -14,6 +14,8 @@ import pytest
 from jaxnorm import training
 from jaxnorm.training._data import batches, load_cifar10, load_mnist, synthetic
 
+pytestmark = pytest.mark.any_version
+
 MNIST_COUNTS = {"train": 7, "t10k": 4}
 CIFAR_COUNTS = {f"data_batch_{i}.bin": i for i in range(1, 6)} | {"test_batch.bin": 3}
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -50,6 +50,7 @@ def test_same_curve_on_eight_devices(trained, tmp_path):
     assert_close(curve(history), curve(expected), STEPS**2 * IMAGES)
 
 
+@pytest.mark.slow
 def test_resumed_is_the_same_in_every_bit(trained):
     """From the checkpoint of the first epoch."""
     script, folder, state, history, _ = trained
@@ -69,6 +70,7 @@ def test_the_module_of_nnx_has_what_was_trained(trained):
     assert float(accuracy) == pytest.approx(history[-1]["accuracy"])
 
 
+@pytest.mark.slow
 def test_both_scripts_train_the_same_network():
     """Given the same parameters, a step of four microbatches, one of them partial, gives the same of everything."""
     data = training.load_digits()[0]

@@ -14,7 +14,7 @@ import jaxnorm
 from jaxnorm._moments import NEAR, STRIDE, sample
 from jaxnorm._xla import is_large
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.any_version]
 
 KAPPAS = [0, 1e2, 1e3, 1e4, 1e5, 1e6]
 SHAPES = [(4096, 8), (32, 56, 56, 8)]

@@ -11,6 +11,8 @@ from checks import assert_close, compile_as_written, pairwise, tolerance
 
 import jaxnorm
 
+pytestmark = pytest.mark.any_version
+
 NORMS = ["batch", "layer", "rms", "group", "instance"]
 DTYPES = ["float16", "bfloat16", "float32"]
 

@@ -21,6 +21,8 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
+pytestmark = pytest.mark.any_version
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 

@@ -19,6 +19,8 @@ from checks import assert_close
 
 import jaxnorm
 
+pytestmark = pytest.mark.any_version
+
 torch = pytest.importorskip("torch")
 if importlib.util.find_spec("timm") is None:
     pytest.skip("timm is not installed", allow_module_level=True)

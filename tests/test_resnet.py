@@ -78,6 +78,7 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=300 * 2.0**-24 * scale)
 
 
+@pytest.mark.slow
 def test_linen(rng):
     images, labels = data(rng)
 

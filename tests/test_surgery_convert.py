@@ -13,6 +13,8 @@ from flax import nnx
 from jaxnorm import linen, surgery
 from jaxnorm import nnx as jaxnorm_nnx
 
+pytestmark = pytest.mark.any_version
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 DOCS = Path(__file__).parent.parent / "docs" / "conventions.md"
 

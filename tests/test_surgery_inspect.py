@@ -13,6 +13,8 @@ from networks import NNXResNet, images, nnx_module
 
 from jaxnorm import linen, surgery
 
+pytestmark = pytest.mark.any_version
+
 
 class Net(nn.Module):
     axis: int = -1

@@ -74,6 +74,7 @@ class EveryNorm(_models.CNN):
         return self.logits(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_both_roads_agree_for_every_norm():
     (losses, state), (losses_by_hand, state_by_hand) = (run(EveryNorm(), 4, road, steps=4) for road in ROADS)
     assert_close(losses_by_hand, losses, 16 * 64 * 64)

@@ -34,6 +34,8 @@ from jaxnorm.training._checkpoint import Checkpoints
 from jaxnorm.training._interruption import Signals
 from jaxnorm.training._settings import Settings, parse
 
+pytestmark = pytest.mark.any_version
+
 # Two epochs of six steps, the last of them on a partial batch.
 TINY = ("--model", "mlp", "--epochs", 2, "--devices", 2, "--batch-size", 256, "--save-every", 4)
 
@@ -85,6 +87,7 @@ def undisturbed(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow  # trains to its end, more than once
 def test_command_line_from_end_to_end(tmp_path, capsys):
     result = run_here("--model", "mlp", "--epochs", 8, "--seed", 1, "--out", tmp_path / "run")
     printed = " ".join(capsys.readouterr().out.split())
@@ -166,6 +169,7 @@ def test_synthetic_images_are_split():
 # Resuming ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # trains to its end, more than once
 def test_resumed_only_with_the_settings_that_its_numbers_depend_on(undisturbed):
     free = {"folder", "devices", "road", "coordinator", "num_processes", "process_id", "out", "resume", "save_every"}
     assert Settings().identity.keys() == {field.name for field in dataclasses.fields(Settings)} - free
@@ -181,6 +185,7 @@ def test_resumed_only_with_the_settings_that_its_numbers_depend_on(undisturbed):
         assert option in line
 
 
+@pytest.mark.slow  # trains to its end, more than once
 def test_signals_lose_nothing(undisturbed, tmp_path, monkeypatch, capfd):
     """In the middle of an epoch, after its last step, and in evaluation: saved, resumed, and the same in the end."""
     when = {}
@@ -313,6 +318,7 @@ def damage(run, step):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow  # trains to its end, more than once
 def test_where_the_last_checkpoint_is_damaged_the_one_before_is_used(undisturbed, tmp_path, caplog):
     run = copied(undisturbed, tmp_path)
     damage(run, 12)

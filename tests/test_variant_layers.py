@@ -206,6 +206,7 @@ def scanned(cell, carry, *xs):
     return fnnx.scan(lambda cell, c, *x: cell(c, *x), in_axes=axes, out_axes=(fnnx.Carry, 1))(cell, carry, *xs)
 
 
+@pytest.mark.slow
 def test_recurrent_cell():
     """Every step is normalized by its own statistics; averages are kept of each, and continued for longer sequences."""
     x, carry = (

@@ -10,12 +10,14 @@ import numpy as np
 import oracles as basic
 import oracles_variants as oracles
 import pytest
-from checks import assert_close
+from checks import assert_close, quick_first
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contexts import collectives, mesh_of
 
 import jaxnorm
+
+pytestmark = pytest.mark.any_version
 
 EPSILON = 1e-3
 SHAPE = (8, 3, 4)
@@ -134,8 +136,8 @@ def compiled(masked):
     return jax.jit(lambda problems: {name: one(name, *p) for name, p in problems.items()})
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("kappa", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("masked", quick_first(1, [True, False]), ids=["masked", "plain"])
+@pytest.mark.parametrize("kappa", quick_first(1, [1e4, 0.0, 1e2]))
 def test_output_and_gradients(kappa, masked):
     problems = {name: problem(name, kappa, masked) for name in CASES}
     actual = compiled(masked)(problems)
