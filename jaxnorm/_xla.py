@@ -163,6 +163,9 @@ def _parts(how: Map, n_small: int, shape, wide, t_data, ts, stored, arrays):
             own.append(tuple(map(lax.optimization_barrier, own[-1])))
         return own[-1]
 
+    def own_of(n):
+        return first if n == n_small - 1 and t_data[-1] is not None else behind_a_barrier()
+
     first, parts = behind_a_barrier(), []
     if any(t is not None for t in t_data):
         parts.append(along_data(t_data, stored, first))
@@ -174,11 +177,8 @@ def _parts(how: Map, n_small: int, shape, wide, t_data, ts, stored, arrays):
     alike = len({t.shape for _, t in pair}) == 1 and not any(jnp.iscomplexobj(t) for _, t in pair)
     if where == "gpu" and len(pair) == 2 and alike:
         (m, real), (n, imaginary) = pair
-        parts.append(along_both(m, n, lax.complex(real, imaginary), stored, behind_a_barrier()))
+        parts.append(along_both(m, n, lax.complex(real, imaginary), stored, own_of(n)))
         del changed[m], changed[n]
     for n, t in changed.items():
-        stored_anyway = n == n_small - 1 and t_data[-1] is not None
-        parts.append(
-            by_itself(recomputed(partial(along, n)), t, stored, first if stored_anyway else behind_a_barrier())
-        )
+        parts.append(by_itself(recomputed(partial(along, n)), t, stored, own_of(n)))
     return reduce(jnp.add, parts).astype(how.dtype)
