@@ -19,11 +19,12 @@ from jaxnorm.variants.dynamic_tanh import dynamic_tanh
 from jaxnorm.variants.evonorm import evonorm_b0, evonorm_s0
 from jaxnorm.variants.filter_response import filter_response_norm
 from jaxnorm.variants.ghost import ghost_batch_norm
+from jaxnorm.variants.graph import graph_norm
 from jaxnorm.variants.renorm import batch_renorm
 from jaxnorm.variants.sequences import length_mask, running_at
 from jaxnorm.variants.split import split_batch_norm
 from jaxnorm.variants.switchable import switchable_norm
-from jaxnorm.variants.weights import standardize_weights
+from jaxnorm.variants.weights import spectral_norm, standardize_weights, weight_norm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "evonorm_s0",
     "filter_response_norm",
     "ghost_batch_norm",
+    "graph_norm",
     "group_norm",
     "init_running",
     "instance_norm",
@@ -51,9 +53,11 @@ __all__ = [
     "rms_norm",
     "running_at",
     "save_statistics",
+    "spectral_norm",
     "split_batch_norm",
     "standardize",
     "standardize_weights",
     "switchable_norm",
     "update_running",
+    "weight_norm",
 ]

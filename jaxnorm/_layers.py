@@ -1,71 +1,22 @@
 """What the Linen and the NNX layers share: Flax's conventions, in terms of the engine."""
 
-import ast
-import inspect
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+import jaxnorm
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, fail
 from jaxnorm._epilogue import Function, identity
-from jaxnorm._moments import Moments
-from jaxnorm.functional import Adjust, ChannelGroups, measure_array, normalize_array
+from jaxnorm._moments import Moments, divisor
+from jaxnorm.functional import Adjust, ChannelGroups
 from jaxnorm.running import RunningStats, update_running
-
-Class = TypeVar("Class", bound=type)
-
-# Documentation -------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _field_docs(module: str) -> dict[str, dict[str, str]]:
-    """The strings below the fields of the classes of ``module``, which Python itself throws away."""
-    classes = [
-        node for node in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(node, ast.ClassDef)
-    ]
-    return {
-        c.name: {
-            field.target.id: inspect.cleandoc(str(doc.value.value))
-            for field, doc in pairwise(c.body)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-        }
-        for c in classes
-    }
-
-
-def documented(heading: str) -> Callable[[Class], Class]:
-    """Write all fields of a class into its docstring, those it inherits too, under ``heading``, before the example.
-
-    So each is described once, below the field, where type checkers and editors look, and ``help`` shows them all.
-    """
-
-    def decorate(cls: Class) -> Class:
-        docs: dict[str, str] = {}
-        try:
-            for base in reversed([c for c in cls.__mro__ if c.__module__ == cls.__module__]):
-                docs |= _field_docs(cls.__module__)[base.__name__]
-        except OSError:  # installed without its source
-            return cls
-        if not cls.__doc__:  # python -OO
-            return cls
-        names = [name for name in inspect.signature(cls.__init__).parameters if name in docs]
-        fields = [f"  {name}: {docs[name]}".replace("\n", "\n    ") for name in names]
-        before, example, after = inspect.cleandoc(cls.__doc__).partition("Example:\n")
-        cls.__doc__ = before + "\n".join([f"{heading}:", *fields]) + "\n\n" + example + after
-        return cls
-
-    return decorate
-
 
 # Arguments -----------------------------------------------------------------------------------------------------------
 
@@ -196,65 +147,117 @@ def _log_once(message: str) -> None:
     logging.getLogger("jaxnorm").warning(message)
 
 
-def by_own(function: str, layer: Any, *, initializing: bool = False, **settings: Any) -> tuple[jax.Array, Moments]:
-    """Normalize by the statistics of the input and its replicas, which need not exist at initialization.
-
-    Nor does the size of the input mean anything then.
-    """
-    replicas: dict[str, Any] = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    settings |= {"warn": None} if initializing else {"warn": warn, **replicas}
-    return normalize_array(function, **settings)
+def call(
+    function: Callable[..., Any], x: jax.Array, *args: Any, dtype: Any, trainable: Any = None, **settings: Any
+) -> Any:
+    """A function of ``jaxnorm``, which gives the dtype of its input, for a layer whose ``dtype`` may be another."""
+    result = function(x.astype(jnp.promote_types(x.dtype, dtype)), *args, **settings)
+    return (result[0].astype(dtype), *result[1:]) if isinstance(result, tuple) else result.astype(dtype)
 
 
-def normalize(function: str, layer: Any, reduction: Reduction, **settings: Any) -> jax.Array:
-    """The output of a layer that normalizes by the statistics of its input, and has no others."""
-    return by_own(function, layer, **reduction._asdict(), **settings)[0]
+def replicas(layer: Any, initializing: bool) -> dict[str, Any]:
+    """Whose statistics are shared: at initialization they need not exist, nor does the size of the input count."""
+    if initializing:
+        return {}
+    return {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
 
 
-def batch_norm(
-    function: str,
-    layer: Any,
-    x: jax.Array,
-    averages: Sequence[jax.Array],
-    *,
-    features: tuple[int, ...],
-    use_running_average: bool,
-    update: bool,
-    initializing: bool = False,
-    mask: Any,
-    **settings: Any,
-) -> tuple[jax.Array, Moments | None, RunningStats | None]:
-    """The output of a batch normalization layer, the moments of the batch if measured, and averages if they change.
+def check_momentum(function: str, momentum: float | None) -> None:
+    """It is None or a weight."""
+    if momentum is not None:
+        _axes.check_number(function, "momentum", momentum, 0.0, 1.0)
 
-    ``averages`` are mean, variance and, where momentum is None and there is one, count.
-    """
-    mean, var, *count = averages
-    running = RunningStats(mean, var, count[0] if count else jnp.zeros_like(var))
-    if layer.momentum is not None:
-        _axes.check_number(function, "momentum", layer.momentum, 0.0, 1.0)
-    axes, batch = _axes.others(features, x), None
-    if use_running_average:
-        if not initializing:
-            warn_if_never_updated(function, running)
-        y, _ = normalize_array(function, x, features=features, given=(mean, var), **settings)
-        if update:
-            replicas = (layer.axis_name, layer.axis_index_groups)
-            batch = measure_array(function, x, axes, features, mask, *replicas, near=mean)
-    else:
-        own = {"x": x, "features": features, "axes": axes, "kept": features, "near": mean, "mask": mask}
-        own |= {"initializing": initializing}
-        y, batch = by_own(function, layer, **own, **settings)
-    if batch is None:
-        return y, None, None
+
+def moved(running: RunningStats, batch: Moments, momentum: float | None, unbiased: bool) -> RunningStats:
+    """Running averages after one more batch, as wide as what was averaged, as in Flax."""
     batch = Moments(*map(jax.lax.stop_gradient, batch))
-    if not update:
-        return y, batch, None
-    alpha = None if layer.momentum is None else 1 - layer.momentum
-    # What is averaged becomes as wide as what it is averaged with, as in Flax.
-    running = RunningStats(
-        *(r.astype(jnp.promote_types(r.dtype, b.dtype)) for r, b in zip(running, batch, strict=True))
-    )
-    return y, batch, update_running(running, batch, alpha=alpha, unbiased=layer.unbiased)
+    wide = (r.astype(jnp.promote_types(r.dtype, b.dtype)) for r, b in zip(running, batch, strict=True))
+    alpha = None if momentum is None else 1 - momentum
+    return update_running(RunningStats(*wide), batch, alpha=alpha, unbiased=unbiased)
+
+
+def running_stats(
+    function: str, stored: dict[str, Any], shape: tuple[int, ...], features: tuple[int, ...]
+) -> RunningStats:
+    """The averages that a layer holds in ``shape``; those of a batch norm that was swapped serve all domains or steps."""
+    held = jnp.shape(stored["mean"])
+    check_features(function, features, held[len(held) - len(features) :])
+    return RunningStats(*(jnp.broadcast_to(stored.get(n, 0.0), shape) for n in RunningStats._fields))
+
+
+def constant_unless(trainable: bool | None, values: Any) -> Any:
+    """``values``, to differentiation constants unless they train."""
+    return values if trainable else jax.lax.stop_gradient(values)
+
+
+# Of several layers ---------------------------------------------------------------------------------------------------
+
+
+def of_virtual_batches(batch: Moments, virtual: Any, unbiased: bool) -> Moments:
+    """Where unbiased variances are averaged, ``n / (n - 1)`` is that of each of the ``virtual`` batches."""
+    if not unbiased:
+        return batch
+    n, each = batch.count, batch.count / virtual
+    return batch._replace(var=batch.var * ((n - 1) / n) * (each / divisor(each - 1)))
+
+
+def without_epilogue(function: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` of a norm that has an activation of its own."""
+    given = {n: v for n in ("activation", "residual", "invertible") if (v := settings.pop(n, None))}
+    refuse(function, given, "the activation is part of this norm")
+    return settings
+
+
+def mask_of(lengths: Any, x: Any) -> Any:
+    """The mask of sequences of these lengths; None for all that there is."""
+    if lengths is None:
+        return None
+    return jnp.expand_dims(jaxnorm.length_mask(lengths, jnp.shape(x)[1]), range(2, jnp.ndim(x)))
+
+
+def of_steps(x: jax.Array, *values: Any) -> list[Any]:
+    """Scale and bias, the same for every time step, in the shape ``(time, *features)``."""
+    return [None if v is None else jnp.broadcast_to(v, (x.shape[1], *v.shape)) for v in values]
+
+
+def sequence_by_batch(
+    function: str, x: jax.Array, scale: Any, bias: Any, *, max_length: int, axis: tuple[int, ...], **settings: Any
+) -> tuple[jax.Array, Moments]:
+    """Batch normalization of each time step, and the moments of so many of them."""
+    y, batch = call(jaxnorm.batch_norm, x, *of_steps(x, scale, bias), axis=(1, *axis), **settings)
+    missing = max_length - x.shape[1]
+    if missing < 0:
+        rule = "sequences must not be longer than max_length in training"
+        fail(function, rule, {"length": x.shape[1], "max_length": max_length})
+    return y, Moments(*(jnp.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for v in batch))
+
+
+def styled(x: Any, style: Any, axis: int, epsilon: float) -> jax.Array:
+    """``x`` with the mean and the deviation of every example and channel of ``style``."""
+    feature = axis % jnp.ndim(style)
+    of_style = jaxnorm.moments(style, tuple(a for a in range(1, jnp.ndim(style)) if a != feature))
+    return jaxnorm.instance_norm(x, jnp.sqrt(of_style.var + epsilon), of_style.mean, axis=axis, epsilon=epsilon)
+
+
+def along(x: jax.Array, axis: int, *values: jax.Array) -> list[jax.Array]:
+    """Numbers of each example and feature, in shapes that broadcast against ``x``."""
+    return [_axes.expand(v, (0, axis % x.ndim), x.ndim) for v in values]
+
+
+def recurrent_step(denses: Any, norms: Any, bias: Any, carry: Any, x: Any) -> tuple[Any, jax.Array]:
+    """One step of an LSTM whose terms are normalized by the statistics of the step (Cooijmans et al., 2017)."""
+    (dense_h, dense_x), (norm_h, norm_x, norm_c), (c, h) = denses, norms, carry
+    gates = norm_h(dense_h(h)) + norm_x(dense_x(x))
+    i, f, g, o = jnp.split(gates + jnp.broadcast_to(bias, gates.shape), 4, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(norm_c(c))
+    return (c, h), h
+
+
+def refuse(function: str, given: dict[str, Any], why: str) -> None:
+    """Raise if something is given that means nothing to the layer."""
+    if given:
+        fail(function, f"{', '.join(given)} must be left out: {why}", given)
 
 
 def warn_if_never_updated(function: str, running: RunningStats) -> None:

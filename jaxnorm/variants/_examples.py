@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes
@@ -25,6 +27,25 @@ def check_examples(
     if real and jnp.iscomplexobj(x):
         _axes.fail(function, "x must be real", {"dtype": str(x.dtype)}, TypeError)
     return x, features, _axes.others(features, x, first=1)
+
+
+def check_labels(function: str, name: str, count: str, labels: Any, number: Any, x: jax.Array) -> jax.Array:
+    """``labels`` as integers, one an example; in range where they are known."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer):
+        _axes.fail(function, f"{count} must be an integer", {count: number}, TypeError)
+    if number < 1:
+        _axes.fail(function, f"{count} must be positive", {count: number})
+    labels = _axes.as_array(function, name, labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        _axes.fail(function, f"{name} must hold integers", {"dtype": str(labels.dtype)}, TypeError)
+    if labels.shape != x.shape[:1]:
+        _axes.fail(function, f"{name} must have one number an example, {x.shape[:1]}", {"shape": labels.shape})
+    if not isinstance(labels, Tracer) and labels.size:
+        known = np.asarray(labels)
+        if known.min() < 0 or known.max() >= number:
+            got = {"smallest": int(known.min()), "largest": int(known.max()), count: number}
+            _axes.fail(function, f"{name} must lie in [0, {count})", got)
+    return labels
 
 
 def check_running(function: str, running: Any, features: tuple[int, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:

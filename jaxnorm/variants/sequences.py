@@ -99,3 +99,34 @@ def _at(running: RunningStats, steps: jax.Array) -> RunningStats:
     last = jnp.max(jnp.where(seen, jnp.arange(len(seen)), 0))
     at = jnp.minimum(steps, last)
     return RunningStats(*(of_label(v, at.ravel()).reshape(*at.shape, *v.shape[1:]) for v in running))
+
+
+def extend_steps(batch_stats: Any, length: int) -> Any:
+    """The averages of every step for ``length`` of them, those of the last step seen for the steps beyond it.
+
+    Args:
+      batch_stats: the collection of a cell under ``nn.scan``: of each norm ``mean``, ``var`` and ``count`` in the shape
+        ``(time, *features)``, or dictionaries of them by name.
+      length: how many steps there are to be.
+
+    Returns:
+      The collection, in which they have the shape ``(length, *features)``.
+
+    Raises:
+      KeyError: a norm without ``var`` or ``count``.
+      ValueError: averages that have no axis of time.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnorm.linen import extend_steps
+      >>> seen = {"mean": jnp.array([1.0, 2.0]), "var": jnp.ones(2), "count": jnp.array([8.0, 8.0])}
+      >>> extend_steps({"norm_h": seen}, 4)["norm_h"]["mean"].tolist()
+      [1.0, 2.0, 2.0, 2.0]
+
+    References:
+      Cooijmans, Ballas, Laurent, Gulcehre and Courville, "Recurrent Batch Normalization", ICLR 2017, section 3.
+    """
+    if "mean" in batch_stats:
+        running = RunningStats(batch_stats["mean"], batch_stats["var"], batch_stats["count"])
+        return dict(running_at(running, jnp.arange(length))._asdict())
+    return {name: extend_steps(value, length) for name, value in batch_stats.items()}

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames
@@ -13,7 +11,7 @@ from jaxnorm._epilogue import Activation, Formula
 from jaxnorm._moments import Moments, Statistics
 from jaxnorm._replicas import Replicas
 from jaxnorm.functional import Array, Groups, normalize_array
-from jaxnorm.variants._examples import check_examples, merge_labelled, of_label
+from jaxnorm.variants._examples import check_examples, check_labels, merge_labelled, of_label
 
 
 def split_batch_norm(
@@ -72,7 +70,7 @@ def split_batch_norm(
     function = "split_batch_norm"
     x, features, axes = check_examples(function, x, axis)
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
-    domain = check_domain(function, domain, num_domains, x)
+    domain = check_labels(function, "domain", "num_domains", domain, num_domains, x)
     shape = tuple(x.shape[a] for a in features)
 
     def of_examples(name: str, value: Array | None) -> jax.Array | None:
@@ -118,22 +116,3 @@ class Domains(Formula):
         """The statistics of each domain, given to its examples; and those of the domains."""
         reported, used = merge_labelled(examples, domain, self.num_domains, self.replicas)
         return used, reported
-
-
-def check_domain(function: str, domain: Array, num_domains: int, x: jax.Array) -> jax.Array:
-    """``domain`` as integers, one an example; in range where they are known."""
-    if isinstance(num_domains, bool) or not isinstance(num_domains, int | np.integer):
-        _axes.fail(function, "num_domains must be an integer", {"num_domains": num_domains}, TypeError)
-    if num_domains < 1:
-        _axes.fail(function, "num_domains must be positive", {"num_domains": num_domains})
-    domain = _axes.as_array(function, "domain", domain)
-    if not jnp.issubdtype(domain.dtype, jnp.integer):
-        _axes.fail(function, "domain must hold integers", {"dtype": str(domain.dtype)}, TypeError)
-    if domain.shape != x.shape[:1]:
-        _axes.fail(function, f"domain must have one number an example, {x.shape[:1]}", {"shape": domain.shape})
-    if not isinstance(domain, Tracer) and domain.size:
-        known = np.asarray(domain)
-        if known.min() < 0 or known.max() >= num_domains:
-            got = {"smallest": int(known.min()), "largest": int(known.max()), "num_domains": num_domains}
-            _axes.fail(function, "domain must lie in [0, num_domains)", got)
-    return domain

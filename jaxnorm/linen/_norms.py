@@ -1,20 +1,4 @@
-"""Normalization layers for Flax Linen: parameters and collections around the engine, no arithmetic.
-
-They take the arguments of the ``flax.linen`` class of the same name, by position and by keyword, and hold the same
-variables, so that ``from jaxnorm.linen import BatchNorm`` in place of ``from flax.linen import BatchNorm`` is all that
-changes. What Flax lacks comes after what it has:
-
-- ``mask`` may have any shape that broadcasts, and be boolean or real weights, on every layer;
-- ``axis_name`` may be several mapped axes, ``axis_index_groups`` work under ``shard_map`` and ``vmap``, and neither is
-  needed at initialization;
-- ``trainable=False`` keeps gradients from scale and bias, at construction or per call; `trainable_mask` keeps weight
-  decay from them;
-- ``activation`` and ``residual`` are applied without being stored, ``invertible=True`` stores the output only;
-- `BatchNorm` has ``momentum=None``, ``unbiased`` and ``update_running_average``; `GroupNorm` has ``axis``.
-
-``use_fast_variance`` and ``force_float32_reductions`` choose between algorithms in Flax. Here there is one: either
-choice gives the stable statistics, in float32 at least.
-"""
+"""The five norms of Flax, with what all layers share: fields, parameters, averages. No arithmetic."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,51 +10,64 @@ from flax import linen as nn
 from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
 
-from jaxnorm import _layers
+from jaxnorm import _axes, _layers
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation, Function
-from jaxnorm.variants.linen import *  # noqa: F403
+from jaxnorm._moments import Moments
+from jaxnorm.functional import normalize_array
+from jaxnorm.running import RunningStats
 
 Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
 Initializer = nn.initializers.Initializer
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "trainable_mask"]
+
+# Helpers are functions, or methods under `nn.nowrap`: Flax would take others for calls of the module.
 
 
-# Helpers are functions, not methods: Flax would take those for calls of the module.
+def parameter(
+    layer: Any, name: str, shape: tuple[int, ...], trainable: bool | None, start: float | None = None
+) -> tuple[Any, Any]:
+    """A parameter as it is stored, and as it is used: a constant to differentiation where it does not train.
 
-
-def _parameters(layer: Any, label: str, shape: tuple[int, ...], trainable: bool | None) -> tuple[Any, Any]:
-    """Scale and bias of ``shape``, or None; constants to differentiation where they do not train."""
-
-    def parameter(name):
+    Scale or bias; or what begins with one number, as ``start`` says.
+    """
+    init, label = nn.initializers.constant(start), _layers.label(layer, layer.path)
+    if start is None:
         if not getattr(layer, f"use_{name}", False):
-            return None
-        if layer.has_variable("params", name):
-            stored = meta.unbox(layer.get_variable("params", name))
-            _layers.check_features(label, shape, jnp.shape(stored))
-        value = layer.param(name, getattr(layer, f"{name}_init"), shape, layer.param_dtype)
-        return value if _layers.first_given(trainable, layer.trainable) else jax.lax.stop_gradient(value)
+            return None, None
+        init = getattr(layer, f"{name}_init")
+    if layer.has_variable("params", name):
+        _layers.check_features(label, shape, jnp.shape(meta.unbox(layer.get_variable("params", name))))
+    centered = name == "scale" and layer.zero_centered_scale
+    if centered:
+        init = _less_one(init)
+    stored = layer.param(name, init, shape, layer.param_dtype)
+    value = stored if _layers.first_given(trainable, layer.trainable) else jax.lax.stop_gradient(stored)
+    return stored, 1 + value.astype(_axes.statistics_dtype(value.dtype)) if centered else value
 
-    return parameter("scale"), parameter("bias")
+
+def _less_one(init: Initializer) -> Any:
+    return lambda *args: jax.tree.map(lambda value: value - 1, init(*args))
 
 
-def _arguments(
-    layer: Any, label: str, x: jax.Array, features: tuple[int, ...], trainable: bool | None
+def arguments(
+    layer: Any, x: jax.Array, shape: tuple[int, ...], trainable: bool | None, affine: tuple[Any, Any] | None = None
 ) -> tuple[dict[str, Any], Function]:
-    """What the engine is told by every layer, and the module that follows it."""
-    shape = tuple(x.shape[a] for a in features)
-    scale, bias = _parameters(layer, label, shape, trainable)
-    dtype = canonicalize_dtype(x, scale, bias, dtype=layer.dtype)
-    if layer.is_initializing():
-        _layers.check_start(label, layer, layer.scale_init, shape, dtype)
+    """What the engine is told by every layer, and the module that follows it; ``affine`` stands for scale and bias."""
+    if affine is None:
+        (stored, scale), (_, bias) = (parameter(layer, name, shape, trainable) for name in ("scale", "bias"))
+    else:
+        stored, bias = scale, bias = _layers.constant_unless(_layers.first_given(trainable, layer.trainable), affine)
+    dtype = canonicalize_dtype(x, stored, bias, dtype=layer.dtype)
+    if layer.is_initializing() and affine is None:
+        _layers.check_start(_layers.label(layer, layer.path), layer, layer.scale_init, shape, dtype)
     activation, after = _layers.epilogue(layer, nn.Module)
-    arguments = {"x": x, "scale": scale, "bias": bias, "epsilon": layer.epsilon, "dtype": dtype}
-    return arguments | {"activation": activation, "invertible": layer.invertible}, after
+    given = {"scale": scale, "bias": bias, "epsilon": layer.epsilon, "dtype": dtype}
+    return given | {"activation": activation, "invertible": layer.invertible}, after
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """What all layers have, at the end: fields of the first base come last."""
 
     force_float32_reductions: bool = True
@@ -83,6 +80,9 @@ class _Layer(nn.Module):
     invertible: bool = False
     """Keep the output for the backward pass in place of the input; see `jaxnorm.standardize`. Needs a scale that does
     not start at zero."""
+    zero_centered_scale: bool = False
+    """Store the scale as its distance from one, so that weight decay pulls it to one. ``scale_init`` still says where
+    the scale itself starts."""
 
     _reduction: ClassVar[Callable[[str, Any, tuple[int, ...]], _layers.Reduction]]
 
@@ -114,15 +114,34 @@ class _Layer(nn.Module):
           >>> layer.init_with_output(jax.random.key(0), x, **given)[0].tolist()
           [9.0, 11.0, 13.0]
         """
-        x, label = _layers.as_input(x), _layers.label(self, self.path)
-        reduction, initializing = self._reduction(label, self, x.shape), self.is_initializing()
-        arguments, after = _arguments(self, label, x, reduction.features, trainable)
-        called = {"mask": mask, "residual": residual, "initializing": initializing}
-        y = _layers.normalize(label, self, reduction, **called, **arguments)
-        return after(y)
+        return self._output(x, mask=mask, trainable=trainable, residual=residual)
+
+    # What other norms override -------------------------------------------------------------------------------------
+
+    @nn.nowrap
+    def _features(self, x: jax.Array) -> tuple[int, ...]:
+        """The axes of scale and bias."""
+        return self._reduction(_layers.label(self, self.path), self, x.shape).features
+
+    @nn.nowrap
+    def _formula(
+        self, x: jax.Array, scale: Any, bias: Any, *, axis: tuple[int, ...], trainable: bool | None, **settings: Any
+    ) -> jax.Array:
+        """The output of ``x``, in the dtype that is given."""
+        label, initializing = _layers.label(self, self.path), self.is_initializing()
+        settings |= self._reduction(label, self, x.shape)._asdict() | _layers.replicas(self, initializing)
+        return normalize_array(label, x, scale, bias, warn=None if initializing else _layers.warn, **settings)[0]
+
+    @nn.nowrap
+    def _output(self, x: Array, *, trainable: bool | None, affine: Any = None, **given: Any) -> jax.Array:
+        """The output; ``affine`` stands for scale and bias, and the formula gets all else that is given."""
+        x = _layers.as_input(x)
+        axis = self._features(x)
+        settings, after = arguments(self, x, tuple(x.shape[a] for a in axis), trainable, affine)
+        return after(self._formula(x, axis=axis, trainable=trainable, **settings, **given))
 
 
-class _Replicated(nn.Module):
+class Replicated(nn.Module):
     axis_name: AxisNames | None = None
     """Mapped axis or axes whose replicas share their statistics. Need not exist at initialization, nor where running
     averages are used. Under ``jit`` with sharded arrays leave it out: the statistics are global."""
@@ -148,7 +167,7 @@ class _Scaled(_Typed):
     """Initializer of the scale."""
 
 
-class _Affine(_Typed):
+class Affine(_Typed):
     use_bias: bool = True
     """Whether there is a bias."""
     use_scale: bool = True
@@ -193,16 +212,12 @@ class _InstanceFeatures(nn.Module):
     """Axis or axes that keep statistics of their own, and of scale and bias; not the first, the batch."""
 
 
-@_layers.documented("Attributes")
-class BatchNorm(_Layer, _Replicated, _Affine, _Averaged):
+class BatchNorm(Layer, Replicated, Affine, _Averaged):
     """Batch normalization (Ioffe and Szegedy, 2015), in place of ``flax.linen.BatchNorm``.
 
     Variables, all in the shape of the feature axes: ``params/scale`` and ``params/bias`` of dtype ``param_dtype``,
     ``batch_stats/mean`` and ``batch_stats/var`` of dtype float32 (wider or complex once they averaged what is), and,
     only with ``momentum=None``, ``batch_stats/count``, the number of values averaged.
-
-    Where the collection ``intermediates`` is mutable, the last batch leaves its `jaxnorm.Moments` there, as
-    ``batch_mean``, ``batch_var`` and ``batch_count``.
 
     Three things can be switched separately, here or in the call: which statistics normalize
     (``use_running_average``), whether the running averages move (``update_running_average``), whether scale and bias
@@ -265,31 +280,103 @@ class BatchNorm(_Layer, _Replicated, _Affine, _Averaged):
           >>> layer.init_with_output(jax.random.key(0), x, **given)[0].tolist()
           [[9.0], [11.0], [13.0]]
         """
+        switches = {"update_running_average": update_running_average, "trainable": trainable}
+        return self._output(x, use_running_average, mask=mask, residual=residual, **switches)
+
+    # What other batch norms override -------------------------------------------------------------------------------
+
+    _counts: ClassVar[bool] = False  # Whether the averages have a count whatever the momentum.
+
+    @nn.nowrap
+    def _features(self, x: jax.Array) -> tuple[int, ...]:
+        return _layers.sorted_axes(_layers.label(self, self.path), "axis", self.axis, x.ndim)
+
+    @nn.nowrap
+    def _shapes(self, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of the averages, and of scale and bias."""
+        return features, features
+
+    @nn.nowrap
+    def _by_batch(
+        self,
+        x: jax.Array,
+        running: RunningStats,
+        scale: Any,
+        bias: Any,
+        *,
+        axis: tuple[int, ...],
+        trainable: bool | None,
+        **settings: Any,
+    ) -> tuple[jax.Array, Moments]:
+        """The output by the statistics of the batch; and those, which the averages take."""
+        axes, warn = _axes.others(axis, x), None if self.is_initializing() else _layers.warn
+        own = {"features": axis, "axes": axes, "kept": axis, "near": running.mean, "warn": warn}
+        return normalize_array(_layers.label(self, self.path), x, scale, bias, **own, **settings)
+
+    @nn.nowrap
+    def _by_averages(
+        self,
+        x: jax.Array,
+        running: RunningStats,
+        scale: Any,
+        bias: Any,
+        *,
+        axis: tuple[int, ...],
+        mask: Any,
+        trainable: bool | None,
+        **settings: Any,
+    ) -> jax.Array:
+        """The output by the running averages."""
+        label, given = _layers.label(self, self.path), (running.mean, running.var)
+        return normalize_array(label, x, scale, bias, features=axis, given=given, **settings)[0]
+
+    @nn.nowrap
+    def _updated(self) -> None:
+        """The averages have moved."""
+
+    @nn.nowrap
+    def _output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Array,
+        use_running_average: bool | None,
+        *,
+        update_running_average: bool | None,
+        trainable: bool | None,
+        affine: Any = None,
+        **given: Any,
+    ) -> jax.Array:
+        """The output; averages move. ``affine`` stands for scale and bias; the methods above get all else."""
         use_running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
         x, label, initializing = _layers.as_input(x), _layers.label(self, self.path), self.is_initializing()
-        features = _layers.sorted_axes(label, "axis", self.axis, x.ndim)
-        shape = tuple(x.shape[a] for a in features)
+        axis = self._features(x)
+        features = tuple(x.shape[a] for a in axis)
+        shape, of_affine = self._shapes(features)
         start = {"mean": jnp.zeros, "var": jnp.ones}
-        if self.momentum is None and (update or initializing):
+        if self._counts or (self.momentum is None and (update or initializing)):
             start["count"] = jnp.zeros
-        averages = [self.variable("batch_stats", name, init, shape, jnp.float32) for name, init in start.items()]
-        _layers.check_features(label, shape, jnp.shape(averages[0].value))
-        arguments, after = _arguments(self, label, x, features, trainable)
-        switches = {"use_running_average": use_running, "update": update and not initializing}
-        values, state = [average.value for average in averages], {"initializing": initializing, "mask": mask}
-        y, batch, running = _layers.batch_norm(
-            label, self, averages=values, features=features, residual=residual, **switches, **state, **arguments
-        )
-        for average, new in zip(averages, running or (), strict=False):
-            average.value = new
-        for name, value in ({} if batch is None or initializing else batch._asdict()).items():
-            self.sow("intermediates", f"batch_{name}", value, lambda old, new: new, lambda: None)
-        return after(y)
+        averages = {name: self.variable("batch_stats", name, init, shape, jnp.float32) for name, init in start.items()}
+        running = _layers.running_stats(label, {n: average.value for n, average in averages.items()}, shape, features)
+        settings, after = arguments(self, x, of_affine, trainable, affine)
+        settings |= {"axis": axis, "trainable": trainable, **given}
+        _layers.check_momentum(label, self.momentum)
+        by_averages = by_batch = None
+        if use_running:
+            if not initializing:
+                _layers.warn_if_never_updated(label, running)
+            by_averages = self._by_averages(x, running, **settings)
+        if not use_running or (update and not initializing):
+            replicas = _layers.replicas(self, initializing)
+            by_batch, batch = self._by_batch(x, running, **settings, **replicas)
+            if update and not initializing:
+                new = _layers.moved(running, batch, self.momentum, self.unbiased)
+                for name, average in averages.items():
+                    average.value = getattr(new, name)
+                self._updated()
+        return after(by_averages if use_running else by_batch)
 
 
-@_layers.documented("Attributes")
-class LayerNorm(_Layer, _Replicated, _Reduced, _Affine):
+class LayerNorm(Layer, Replicated, _Reduced, Affine):
     """Layer normalization (Ba, Kiros and Hinton, 2016), in place of ``flax.linen.LayerNorm``.
 
     Variables: ``params/scale`` and ``params/bias``, in the shape of the feature axes.
@@ -304,8 +391,7 @@ class LayerNorm(_Layer, _Replicated, _Reduced, _Affine):
     _reduction = staticmethod(_layers.given_axes)
 
 
-@_layers.documented("Attributes")
-class RMSNorm(_Layer, _Replicated, _Reduced, _Scaled):
+class RMSNorm(Layer, Replicated, _Reduced, _Scaled):
     """Root mean square normalization (Zhang and Sennrich, 2019), in place of ``flax.linen.RMSNorm``.
 
     Variables: ``params/scale``, in the shape of the feature axes.
@@ -320,8 +406,7 @@ class RMSNorm(_Layer, _Replicated, _Reduced, _Scaled):
     _reduction = staticmethod(partial(_layers.given_axes, centered=False))
 
 
-@_layers.documented("Attributes")
-class GroupNorm(_Layer, _Replicated, _GroupReduced, _Affine, _Grouped):
+class GroupNorm(Layer, Replicated, _GroupReduced, Affine, _Grouped):
     """Group normalization (Wu and He, 2018), in place of ``flax.linen.GroupNorm``.
 
     Variables: ``params/scale`` and ``params/bias``, one per channel.
@@ -340,8 +425,7 @@ class GroupNorm(_Layer, _Replicated, _GroupReduced, _Affine, _Grouped):
     _reduction = staticmethod(_layers.group_axes)
 
 
-@_layers.documented("Attributes")
-class InstanceNorm(_Layer, _Replicated, _InstanceFeatures, _Affine):
+class InstanceNorm(Layer, Replicated, _InstanceFeatures, Affine):
     """Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016), in place of ``flax.linen.InstanceNorm``.
 
     Variables: ``params/scale`` and ``params/bias``, in the shape of the feature axes.
@@ -358,7 +442,7 @@ class InstanceNorm(_Layer, _Replicated, _InstanceFeatures, _Affine):
 
 
 def trainable_mask(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    """Which parameters train: all but scale and bias of the layers with ``trainable=False``.
+    """Which parameters train: all but those of the layers with ``trainable=False``.
 
     Their gradients are zero, but an optimizer may move them all the same: weight decay does. With
     ``optax.adamw(1e-3, mask=mask)`` it does not.
@@ -387,14 +471,15 @@ def trainable_mask(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) 
 
     def note(next_function, args, kwargs, context):
         layer = context.module
-        if isinstance(layer, _Layer) and not _layers.first_given(kwargs.get("trainable"), layer.trainable):
-            still.update((*layer.path, name) for name in ("scale", "bias"))
+        if isinstance(layer, Layer) and not _layers.first_given(kwargs.get("trainable"), layer.trainable):
+            still.add(layer.path)
         return next_function(*args, **kwargs)
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda v: model.apply(v, *args, **{"mutable": True, **kwargs}), variables)
 
     def trains(path, _):
-        return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)) not in still
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return not any(names[: len(layer)] == layer for layer in still)
 
     return jax.tree_util.tree_map_with_path(trains, variables["params"])

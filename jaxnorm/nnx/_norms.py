@@ -1,21 +1,4 @@
-"""Normalization layers for Flax NNX: parameters and running averages around the engine, no arithmetic.
-
-They take the arguments of the ``flax.nnx`` class of the same name, by position and by keyword, and hold the same
-variables, so that ``from jaxnorm.nnx import BatchNorm`` in place of ``from flax.nnx import BatchNorm`` is all that
-changes. What Flax lacks:
-
-- ``num_features`` may be the shape of several feature axes;
-- ``mask`` may have any shape that broadcasts, and be boolean or real weights;
-- ``axis_name`` may be several mapped axes, and ``axis_index_groups`` work under ``shard_map`` and ``vmap``;
-- ``trainable=False`` keeps gradients from scale and bias, at construction, by ``nnx.view`` or per call;
-  `trainable_mask` keeps weight decay from them;
-- ``activation`` and ``residual`` are applied without being stored, ``invertible=True`` stores the output only;
-- `BatchNorm` has ``momentum=None``, ``unbiased`` and ``update_running_average``; `GroupNorm` has ``axis``.
-
-``use_fast_variance`` chooses between algorithms in Flax. Here there is one: either choice gives the stable statistics,
-in float32 at least. What ``promote_dtype`` makes of input, scale and bias is used; running averages stay float32
-whatever it makes of them.
-"""
+"""The five norms of Flax, with what all layers share: fields, parameters, averages. No arithmetic."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +13,12 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.initializers import ones_init, zeros_init
 
-from jaxnorm import _layers
+from jaxnorm import _axes, _layers
 from jaxnorm._axes import Axes, AxisNames
 from jaxnorm._epilogue import Activation, Function
-from jaxnorm.variants.nnx import *  # noqa: F403
+from jaxnorm._moments import Moments
+from jaxnorm.functional import normalize_array
+from jaxnorm.running import RunningStats
 
 Array = jax.typing.ArrayLike
 Groups = Sequence[Sequence[int]]
@@ -42,11 +27,9 @@ Initializer = jax.nn.initializers.Initializer
 NO_METADATA: Metadata = MappingProxyType({})
 ZEROS, ONES = zeros_init(), ones_init()
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "trainable_mask"]
-
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class _Layer(nnx.Module):
+class Layer(nnx.Module):
     """What all layers have."""
 
     num_features: int | Sequence[int] = field(kw_only=False)
@@ -83,6 +66,9 @@ class _Layer(nnx.Module):
     invertible: bool = False
     """Keep the output for the backward pass in place of the input; see `jaxnorm.standardize`. Needs a scale that does
     not start at zero."""
+    zero_centered_scale: bool = False
+    """Store the scale as its distance from one, so that weight decay pulls it to one. ``scale_init`` still says where
+    the scale itself starts."""
 
     scale: nnx.Param | None = field(init=False)
     bias: nnx.Param | None = field(init=False)
@@ -95,39 +81,62 @@ class _Layer(nnx.Module):
         dtype = self.param_dtype if self.dtype is None else self.dtype
         _layers.check_start(_layers.label(self), self, scale_init, self._shape, dtype)
         initial = {"scale": (scale_init, scale_metadata), "bias": of_bias or (ZEROS, NO_METADATA)}
+        _, shape = self._shapes(self._shape)
         for name, (init, metadata) in initial.items():
-            used = getattr(self, f"use_{name}", False)
-            value = (
-                nnx.Param(init(rngs.params(), self._shape, self.param_dtype), **metadata) if used else nnx.data(None)
-            )
+            value = nnx.data(None)
+            if getattr(self, f"use_{name}", False):
+                start = init(rngs.params(), shape, self.param_dtype)
+                value = nnx.Param(start - 1 if name == "scale" and self.zero_centered_scale else start, **metadata)
             setattr(self, name, value)
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        """The shape of the variables."""
+        """The shape of the features."""
         return self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)  # pyright: ignore
 
     def _fit(self, value: Any, shape: tuple[int, ...]) -> Any:
         """A variable in the shape of the feature axes; Flax keeps that of several axes as one vector."""
         if self._shape != (math.prod(shape),):
             _layers.check_features(_layers.label(self), shape, self._shape)
-        return None if value is None else value.reshape(shape)
+        if value is None:
+            return None
+        leading = value.shape[: value.ndim - len(self._shape)]
+        return value.reshape(*leading, *shape)
+
+    def _value(self, name: str, trainable: bool | None) -> Any:
+        """A parameter as it is stored: a constant to differentiation where it does not train."""
+        stored = getattr(self, name, None)
+        if stored is None:
+            return None
+        return _layers.constant_unless(_layers.first_given(trainable, self.trainable), stored[...])
 
     def _arguments(
-        self, x: jax.Array, features: tuple[int, ...], trainable: bool | None, *between: jax.Array
-    ) -> tuple[dict[str, Any], Function]:
-        """What the engine is told by every layer, as ``promote_dtype`` gives it, and the module that follows it."""
-        shape = tuple(x.shape[a] for a in features)
+        self,
+        x: jax.Array,
+        axis: tuple[int, ...],
+        trainable: bool | None,
+        *between: jax.Array,
+        affine: tuple[Any, Any] | None = None,
+    ) -> tuple[jax.Array, dict[str, Any], Function]:
+        """The input and what the engine is told by every layer, as ``promote_dtype`` gives it; the module that follows.
+
+        ``affine`` stands for scale and bias.
+        """
+        shape = tuple(x.shape[a] for a in axis)
         names = ["scale", "bias"] if hasattr(self, "use_bias") else ["scale"]
-        parameters = [None if getattr(self, name) is None else getattr(self, name)[...] for name in names]
-        if not _layers.first_given(trainable, self.trainable):
-            parameters = jax.lax.stop_gradient(parameters)
+        parameters = [self._value(name, trainable) for name in names]
+        if affine is not None:
+            parameters = list(_layers.constant_unless(_layers.first_given(trainable, self.trainable), affine))
         x, *promoted = self.promote_dtype((x, *between, *parameters), dtype=self.dtype)
         scale, bias, *_ = (*promoted[len(between) :], None)
         activation, after = _layers.epilogue(self, nnx.Module)
-        arguments = {"x": _layers.as_input(x), "epsilon": self.epsilon, "activation": activation}
-        arguments |= {"scale": self._fit(scale, shape), "bias": self._fit(bias, shape), "invertible": self.invertible}
-        return arguments | {"dtype": dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)}, after
+        settings = {"epsilon": self.epsilon, "activation": activation, "invertible": self.invertible}
+        settings |= {"dtype": dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)}
+        if affine is None:
+            scale, bias = self._fit(scale, shape), self._fit(bias, shape)
+        if self.zero_centered_scale and scale is not None:
+            scale = 1 + scale.astype(_axes.statistics_dtype(scale.dtype))
+        return _layers.as_input(x), settings | {"scale": scale, "bias": bias}, after
 
     def __call__(
         self, x: jax.Array, *, mask: Array | None = None, trainable: bool | None = None, residual: Array | None = None
@@ -156,11 +165,31 @@ class _Layer(nnx.Module):
           >>> layer(x, mask=jnp.array([True, True, False]), residual=jnp.full(3, 10.0)).tolist()
           [9.0, 11.0, 13.0]
         """
+        return self._output(x, mask=mask, trainable=trainable, residual=residual)
+
+    # What other norms override -------------------------------------------------------------------------------------
+
+    def _shapes(self, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of the averages, if there are any, and of scale and bias."""
+        return features, features
+
+    def _features(self, x: jax.Array) -> tuple[int, ...]:
+        """The axes of scale and bias."""
+        return self._reduction(_layers.label(self), self, jnp.shape(x)).features
+
+    def _formula(
+        self, x: jax.Array, scale: Any, bias: Any, *, axis: tuple[int, ...], trainable: bool | None, **settings: Any
+    ) -> jax.Array:
+        """The output of ``x``, in the dtype that is given."""
         label = _layers.label(self)
-        reduction = self._reduction(label, self, jnp.shape(x))
-        arguments, after = self._arguments(x, reduction.features, trainable)
-        y = _layers.normalize(label, self, reduction, mask=mask, residual=residual, **arguments)
-        return after(y)
+        settings |= self._reduction(label, self, x.shape)._asdict() | _layers.replicas(self, False)
+        return normalize_array(label, x, scale, bias, warn=_layers.warn, **settings)[0]
+
+    def _output(self, x: jax.Array, *, trainable: bool | None, affine: Any = None, **given: Any) -> jax.Array:
+        """The output; ``affine`` stands for scale and bias, and the formula gets all else that is given."""
+        axis = self._features(x)
+        x, settings, after = self._arguments(jnp.asarray(x), axis, trainable, affine=affine)
+        return after(self._formula(x, axis=axis, trainable=trainable, **settings, **given))
 
     def set_view(self, trainable: bool | None = None) -> None:
         """Used by ``nnx.view``.
@@ -173,7 +202,7 @@ class _Layer(nnx.Module):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class _Affine(_Layer):
+class Affine(Layer):
     use_bias: bool = True
     """Whether there is a bias."""
     bias_init: InitVar[Initializer] = ZEROS
@@ -182,9 +211,8 @@ class _Affine(_Layer):
     """Metadata of the bias."""
 
 
-@_layers.documented("Args")
 @dataclass(eq=False, repr=False, kw_only=True)
-class BatchNorm(_Affine):
+class BatchNorm(Affine):
     """Batch normalization (Ioffe and Szegedy, 2015), in place of ``flax.nnx.BatchNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``); ``mean`` and ``var``, float32 (the mean becomes complex once it
@@ -223,10 +251,11 @@ class BatchNorm(_Affine):
     def __post_init__(self, *initial: Any) -> None:
         """Make scale, bias and averages."""
         super().__post_init__(*initial)
-        self.mean = nnx.BatchStat(jnp.zeros(self._shape, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones(self._shape, jnp.float32))
-        if self.momentum is None:
-            self.count = nnx.BatchStat(jnp.zeros(self._shape, jnp.float32))
+        shape, _ = self._shapes(self._shape)
+        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+        if self._counts or self.momentum is None:
+            self.count = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
 
     def __call__(
         self,
@@ -267,24 +296,91 @@ class BatchNorm(_Affine):
           >>> layer(x, mask=jnp.array([[True], [True], [False]]), residual=jnp.full((3, 1), 10.0)).tolist()
           [[9.0], [11.0], [13.0]]
         """
+        switches = {"update_running_average": update_running_average, "trainable": trainable}
+        return self._output(x, use_running_average, mask=mask, residual=residual, **switches)
+
+    # What other batch norms override -------------------------------------------------------------------------------
+
+    _counts: ClassVar[bool] = False  # Whether the averages have a count whatever the momentum.
+
+    def _features(self, x: jax.Array) -> tuple[int, ...]:
+        return _layers.sorted_axes(_layers.label(self), "axis", self.axis, jnp.ndim(x))
+
+    def _by_batch(
+        self,
+        x: jax.Array,
+        running: RunningStats,
+        scale: Any,
+        bias: Any,
+        *,
+        axis: tuple[int, ...],
+        trainable: bool | None,
+        **settings: Any,
+    ) -> tuple[jax.Array, Moments]:
+        """The output by the statistics of the batch; and those, which the averages take."""
+        own = {"features": axis, "axes": _axes.others(axis, x), "kept": axis, "near": running.mean}
+        return normalize_array(_layers.label(self), x, scale, bias, warn=_layers.warn, **own, **settings)
+
+    def _by_averages(
+        self,
+        x: jax.Array,
+        running: RunningStats,
+        scale: Any,
+        bias: Any,
+        *,
+        axis: tuple[int, ...],
+        mask: Any,
+        trainable: bool | None,
+        **settings: Any,
+    ) -> jax.Array:
+        """The output by the running averages."""
+        given = (running.mean, running.var)
+        return normalize_array(_layers.label(self), x, scale, bias, features=axis, given=given, **settings)[0]
+
+    def _updated(self) -> None:
+        """The averages have moved."""
+
+    def _output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        *,
+        update_running_average: bool | None,
+        trainable: bool | None,
+        affine: Any = None,
+        **given: Any,
+    ) -> jax.Array:
+        """The output; averages move. ``affine`` stands for scale and bias; the methods above get all else."""
         label, use_running = _layers.label(self), _layers.first_given(use_running_average, self.use_running_average)
         if use_running is None:
             _layers.fail(label, "use_running_average must be given at construction or in the call", {"given": None})
         update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
-        features = _layers.sorted_axes(label, "axis", self.axis, jnp.ndim(x))
-        averages = [self.mean, self.var, *([self.count] if self.momentum is None else [])]
-        arguments, after = self._arguments(x, features, trainable, self.mean[...], self.var[...])
-        shape = tuple(arguments["x"].shape[a] for a in features)
-        values = [self._fit(average[...], shape) for average in averages]
-        switches = {"use_running_average": use_running, "update": update}
-        y, _, running = _layers.batch_norm(
-            label, self, averages=values, features=features, mask=mask, residual=residual, **switches, **arguments
+        axis = self._features(x)
+        averages = {name: getattr(self, name) for name in ("mean", "var", "count") if hasattr(self, name)}
+        x, settings, after = self._arguments(
+            jnp.asarray(x), axis, trainable, self.mean[...], self.var[...], affine=affine
         )
-        for average, new in zip(averages, running or (), strict=False):
-            # In its own type, as in Flax, but for what no real number holds; whole, since its sharding may change.
-            dtype = new.dtype if jnp.iscomplexobj(new) else average[...].dtype
-            average.set_value(new.reshape(self._shape).astype(dtype))
-        return after(y)
+        features = tuple(x.shape[a] for a in axis)
+        shape, _ = self._shapes(features)
+        stored = {name: self._fit(average[...], features) for name, average in averages.items()}
+        running = _layers.running_stats(label, stored, shape, features)
+        settings |= {"axis": axis, "trainable": trainable, **given}
+        _layers.check_momentum(label, self.momentum)
+        by_averages = by_batch = None
+        if use_running:
+            _layers.warn_if_never_updated(label, running)
+            by_averages = self._by_averages(x, running, **settings)
+        if update or not use_running:
+            by_batch, batch = self._by_batch(x, running, **settings, **_layers.replicas(self, False))
+            if update:
+                new = _layers.moved(running, batch, self.momentum, self.unbiased)
+                for name, average in averages.items():
+                    # In its own type, as in Flax, but for what no real number holds; whole: its sharding may change.
+                    value = getattr(new, name)
+                    dtype = value.dtype if jnp.iscomplexobj(value) else average[...].dtype
+                    average.set_value(value.reshape(self._shapes(self._shape)[0]).astype(dtype))
+                self._updated()
+        return after(by_averages if use_running else by_batch)
 
     def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -306,9 +402,8 @@ class BatchNorm(_Affine):
             self.update_running_average = update_running_average
 
 
-@_layers.documented("Args")
 @dataclass(eq=False, repr=False, kw_only=True)
-class LayerNorm(_Affine):
+class LayerNorm(Affine):
     """Layer normalization (Ba, Kiros and Hinton, 2016), in place of ``flax.nnx.LayerNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``).
@@ -329,9 +424,8 @@ class LayerNorm(_Affine):
     _reduction = staticmethod(_layers.given_axes)
 
 
-@_layers.documented("Args")
 @dataclass(eq=False, repr=False, kw_only=True)
-class RMSNorm(_Layer):
+class RMSNorm(Layer):
     """Root mean square normalization (Zhang and Sennrich, 2019), in place of ``flax.nnx.RMSNorm``.
 
     Variables: ``scale`` (``nnx.Param``).
@@ -369,9 +463,8 @@ class RMSNorm(_Layer):
         return super().__call__(x, mask=mask, trainable=trainable, residual=residual)
 
 
-@_layers.documented("Args")
 @dataclass(eq=False, repr=False, kw_only=True)
-class GroupNorm(_Affine):
+class GroupNorm(Affine):
     """Group normalization (Wu and He, 2018), in place of ``flax.nnx.GroupNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``), one per channel.
@@ -404,9 +497,8 @@ class GroupNorm(_Affine):
         self.group_size = channels // self.num_groups
 
 
-@_layers.documented("Args")
 @dataclass(eq=False, repr=False, kw_only=True)
-class InstanceNorm(_Affine):
+class InstanceNorm(Affine):
     """Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016), in place of ``flax.nnx.InstanceNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``).
@@ -426,7 +518,7 @@ class InstanceNorm(_Affine):
 
 
 def trainable_mask(model: nnx.Module) -> nnx.State:
-    """Which parameters train: all but scale and bias of the layers with ``trainable=False``.
+    """Which parameters train: all but those of the layers with ``trainable=False``.
 
     Their gradients are zero, but an optimizer may move them all the same: weight decay does. With
     ``optax.adamw(1e-3, mask=mask)`` it does not.
@@ -451,11 +543,11 @@ def trainable_mask(model: nnx.Module) -> nnx.State:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"trainable_mask: model must be an nnx.Module; got {type(model).__name__}.")
-    still = {
-        (*path, name)
-        for path, layer in nnx.iter_modules(model)
-        if isinstance(layer, _Layer) and not layer.trainable
-        for name in ("scale", "bias")
-    }
+    modules = nnx.iter_modules(model)
+    still = [path for path, layer in modules if isinstance(layer, Layer) and not layer.trainable]
+
+    def trains(path):
+        return not any(path[: len(layer)] == layer for layer in still)
+
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nnx.from_flat_state([(path, variable.replace(path not in still)) for path, variable in flat])
+    return nnx.from_flat_state([(path, variable.replace(trains(path))) for path, variable in flat])

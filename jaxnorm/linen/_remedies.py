@@ -1,0 +1,405 @@
+"""Batch norms that take their statistics otherwise, each a `BatchNorm` with another formula; and norms of examples.
+
+Each paper is named in full with the function that a layer wraps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+import jaxnorm
+from jaxnorm import _layers
+from jaxnorm._axes import Axes
+from jaxnorm.functional import Array
+from jaxnorm.linen._norms import Affine, BatchNorm, Layer, parameter
+from jaxnorm.variants.sequences import running_at
+
+
+class GhostBatchNorm(BatchNorm, kw_only=True):
+    """`jaxnorm.ghost_batch_norm` (Hoffer, Hubara and Soudry, 2017) with scale, bias and running averages.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import GhostBatchNorm
+      >>> layer = GhostBatchNorm(virtual_batch_size=2, use_running_average=False)
+      >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+      >>> layer.init_with_output(jax.random.key(0), x)[0].round(3).tolist()
+      [[-1.0], [1.0], [-1.0], [1.0]]
+    """
+
+    virtual_batch_size: int
+    """How many consecutive examples are normalized together."""
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, **settings):
+        size = self.virtual_batch_size
+        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=size, **settings)
+        return y, _layers.of_virtual_batches(batch, x.shape[0] / size, self.unbiased)
+
+
+class TrackedInstanceNorm(BatchNorm):
+    """Instance normalization with running averages, by which it normalizes at inference.
+
+    PyTorch's ``InstanceNorm2d(track_running_stats=True)``, as in the checkpoints of CycleGAN, with ``unbiased=True``
+    and ``momentum=0.9``. The averages are those of the means and the variances of the instances.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import TrackedInstanceNorm
+      >>> layer, x = TrackedInstanceNorm(use_running_average=False, momentum=0.0), jnp.array([[[1.0], [3.0]]])
+      >>> y, variables = layer.init_with_output(jax.random.key(0), x)
+      >>> layer.apply(variables, x, mutable="batch_stats")[1]["batch_stats"]["mean"].tolist()
+      [2.0]
+    """
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, **settings):
+        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=1, **settings)
+        return y, _layers.of_virtual_batches(batch, x.shape[0], self.unbiased)
+
+
+class BatchRenorm(BatchNorm, kw_only=True):
+    """`jaxnorm.batch_renorm` (Ioffe, 2017) with scale, bias and running averages.
+
+    ``batch_stats/steps`` counts the updates.
+
+    Example:
+      Within the bounds, training normalizes as inference does, here by averages that begin with mean 0 and variance 1:
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import BatchRenorm
+      >>> layer, x = BatchRenorm(use_running_average=False, epsilon=0.0), jnp.array([[1.0], [3.0]])
+      >>> layer.init_with_output(jax.random.key(0), x)[0].tolist()
+      [[1.0], [3.0]]
+    """
+
+    r_max: float | Callable[[Any], Any] = 3.0
+    """Bound of r, or a schedule: a function of the number of updates, as optax has them."""
+    d_max: float | Callable[[Any], Any] = 5.0
+    """Bound of d, likewise."""
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, **settings):
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        bounds = {n: b(steps.value) if callable(b) else b for n, b in (("r_max", self.r_max), ("d_max", self.d_max))}
+        return _layers.call(jaxnorm.batch_renorm, x, running, scale, bias, **bounds, **settings)
+
+    @nn.nowrap
+    def _updated(self):
+        self.put_variable("batch_stats", "steps", self.get_variable("batch_stats", "steps") + 1)
+
+
+class SplitBatchNorm(BatchNorm, kw_only=True):
+    """`jaxnorm.split_batch_norm` (Xie et al., 2020; Chang et al., 2019) with running averages of every domain.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import SplitBatchNorm
+      >>> layer = SplitBatchNorm(num_domains=2, use_running_average=False)
+      >>> x, domain = jnp.array([[1.0], [10.0], [3.0], [30.0]]), jnp.array([0, 1, 0, 1])
+      >>> layer.init_with_output(jax.random.key(0), x, domain)[0].round(3).tolist()
+      [[-1.0], [-1.0], [1.0], [1.0]]
+    """
+
+    num_domains: int
+    """How many domains there are."""
+    split_affine: bool = False
+    """Whether every domain has a scale and a bias of its own."""
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Array,
+        domain: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        update_running_average: bool | None = None,
+        trainable: bool | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize every example of ``x`` with those of its domain, or by the running averages of that.
+
+        Args:
+          x: array of shape ``(batch, ...)`` with the features on ``axis``.
+          domain: integers of shape ``(batch,)``, from zero to ``num_domains - 1``.
+          use_running_average, mask, update_running_average, trainable, residual: as of `BatchNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``use_running_average`` is not given, or an argument does not fit.
+        """
+        switches = {"update_running_average": update_running_average, "trainable": trainable}
+        return self._output(x, use_running_average, mask=mask, residual=residual, domain=domain, **switches)
+
+    @nn.nowrap
+    def _shapes(self, features):
+        domains = (self.num_domains, *features)
+        return domains, domains if self.split_affine else features
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, *, domain, **settings):
+        domains = {"num_domains": self.num_domains}
+        return _layers.call(jaxnorm.split_batch_norm, x, domain, scale, bias, **domains, **settings)
+
+    @nn.nowrap
+    def _by_averages(self, x, running, scale, bias, *, domain, **settings):
+        if self.split_affine:
+            scale, bias = (None if v is None else v[domain] for v in (scale, bias))
+        running = jaxnorm.RunningStats(*(v[domain] for v in running))
+        return super()._by_averages(x, running, scale, bias, **settings)
+
+
+class SwitchableNorm(BatchNorm):
+    """`jaxnorm.switchable_norm` (Luo et al., 2019) with running averages.
+
+    ``params/mean_logits`` and ``params/var_logits``, of shape ``(3,)``, begin with equal weights.
+
+    Example:
+      The means of 1 over its instance, layer and batch are 1, 2 and 3, the variances 0, 1 and 4:
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import SwitchableNorm
+      >>> layer, x = SwitchableNorm(use_running_average=False), jnp.array([[1.0, 3.0], [5.0, 7.0]])
+      >>> y = layer.init_with_output(jax.random.key(0), x)[0]
+      >>> f"{y[0, 0]:.3f}", f"{(1 - (1 + 2 + 3) / 3) / ((0 + 1 + 4) / 3) ** 0.5:.3f}"
+      ('-0.775', '-0.775')
+    """
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, **settings):
+        return self._mixture(x, scale, bias, **settings)
+
+    @nn.nowrap
+    def _by_averages(self, x, running, scale, bias, **settings):
+        return self._mixture(x, scale, bias, running=running, **settings)[0]
+
+    @nn.nowrap
+    def _mixture(self, x, scale, bias, **settings):
+        names = ("mean_logits", "var_logits")
+        logits = (parameter(self, name, (3,), settings["trainable"], start=0.0)[1] for name in names)
+        return _layers.call(jaxnorm.switchable_norm, x, *logits, scale, bias, **settings)
+
+
+class EvoNormB0(BatchNorm):
+    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``params/v``, begun with one. Activation included.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import EvoNormB0
+      >>> layer, x = EvoNormB0(use_running_average=False), jnp.array([[-1.0], [3.0]])
+      >>> layer.init_with_output(jax.random.key(0), x)[0].round(2).tolist()  # -1 by the deviation, 3 by itself
+      [[-0.5], [1.0]]
+    """
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, **settings):
+        return self._evolved(x, scale, bias, **settings)
+
+    @nn.nowrap
+    def _by_averages(self, x, running, scale, bias, **settings):
+        return self._evolved(x, scale, bias, running=running, **settings)[0]
+
+    @nn.nowrap
+    def _evolved(self, x, scale, bias, *, axis, **settings):
+        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
+        _, v = parameter(self, "v", tuple(x.shape[a] for a in axis), settings["trainable"], start=1.0)
+        return _layers.call(jaxnorm.evonorm_b0, x, scale, bias, v, axis=axis, **settings)
+
+
+class SequenceBatchNorm(BatchNorm, kw_only=True):
+    """Batch normalization of ``(batch, time, *features)`` by statistics of each time step; scale and bias are shared.
+
+    At inference a step beyond the last one seen has the averages of that one (Cooijmans et al., 2017).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import SequenceBatchNorm
+      >>> layer = SequenceBatchNorm(max_length=3, use_running_average=False)
+      >>> x = jnp.array([[[1.0], [10.0]], [[3.0], [30.0]]])  # two sequences of two steps
+      >>> layer.init_with_output(jax.random.key(0), x)[0].round(3).tolist()
+      [[[-1.0], [-1.0]], [[1.0], [1.0]]]
+    """
+
+    max_length: int
+    """How many steps have averages; sequences may be shorter, and longer at inference."""
+
+    _counts = True
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Array,
+        lengths: Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        update_running_average: bool | None = None,
+        trainable: bool | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize every time step of ``x`` by its own statistics, which move its running averages, or by those.
+
+        Args:
+          x: array of shape ``(batch, time, *features)``.
+          lengths: integers of shape ``(batch,)``: how many steps of each sequence count; None for all.
+          use_running_average, update_running_average, trainable, residual: as of `BatchNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``use_running_average`` is not given, or the sequences are longer than ``max_length`` and
+            normalized by their own statistics.
+        """
+        mask = _layers.mask_of(lengths, x)
+        switches = {"update_running_average": update_running_average, "trainable": trainable}
+        return self._output(x, use_running_average, mask=mask, residual=residual, **switches)
+
+    @nn.nowrap
+    def _shapes(self, features):
+        return (self.max_length, *features), features
+
+    @nn.nowrap
+    def _by_batch(self, x, running, scale, bias, *, axis, **settings):
+        label = _layers.label(self, self.path)
+        return _layers.sequence_by_batch(label, x, scale, bias, max_length=self.max_length, axis=axis, **settings)
+
+    @nn.nowrap
+    def _by_averages(self, x, running, scale, bias, *, axis, **settings):
+        steps = running_at(running, jnp.arange(x.shape[1]))
+        scale, bias = _layers.of_steps(x, scale, bias)
+        return super()._by_averages(x, steps, scale, bias, axis=(1, *axis), **settings)
+
+
+# Of examples ---------------------------------------------------------------------------------------------------------
+
+
+class _Example(Layer, Affine, kw_only=True):
+    """A norm of examples, each by itself."""
+
+    axis: Axes = -1
+    """The feature axis, or several."""
+
+    @nn.nowrap
+    def _features(self, x):
+        return _layers.sorted_axes(_layers.label(self, self.path), "axis", self.axis, x.ndim)
+
+
+class EvoNormS0(_Example, kw_only=True):
+    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``params/v``, begun with one. Activation included.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import EvoNormS0
+      >>> y, _ = EvoNormS0(num_groups=1).init_with_output(jax.random.key(0), jnp.array([[0.0, 10.0]]))
+      >>> y.round(3).tolist()  # x sigmoid(x) by the deviation, 5
+      [[0.0, 2.0]]
+    """
+
+    epsilon: float = 1e-5
+    num_groups: int = 32
+    """How many groups; divides the number of channels."""
+
+    @nn.nowrap
+    def _formula(self, x, scale, bias, *, axis, **settings):
+        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
+        _, v = parameter(self, "v", tuple(x.shape[a] for a in axis), settings["trainable"], start=1.0)
+        groups = {"axis": axis[0] if len(axis) == 1 else axis, "num_groups": self.num_groups}
+        return _layers.call(jaxnorm.evonorm_s0, x, scale, bias, v, **groups, **settings)
+
+
+class FilterResponseNorm(_Example, kw_only=True):
+    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``params/threshold``, begun with zero: a ReLU.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import FilterResponseNorm
+      >>> x = jnp.array([[[3.0], [-3.0]]])  # one example, two positions, one channel
+      >>> FilterResponseNorm().init_with_output(jax.random.key(0), x)[0].round(3).tolist()
+      [[[1.0], [0.0]]]
+    """
+
+    @nn.nowrap
+    def _formula(self, x, scale, bias, *, axis, **settings):
+        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
+        _, threshold = parameter(self, "threshold", tuple(x.shape[a] for a in axis), settings["trainable"], start=0.0)
+        return _layers.call(jaxnorm.filter_response_norm, x, scale, bias, threshold, axis=axis, **settings)
+
+
+class DynamicTanh(_Example, kw_only=True):
+    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``params/alpha``, begun with 0.5. There is no epsilon in it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import DynamicTanh
+      >>> y, _ = DynamicTanh().init_with_output(jax.random.key(0), jnp.array([2.0]))
+      >>> print(y.round(3), jnp.tanh(0.5 * 2.0).round(3))
+      [0.762] 0.762
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.nowrap
+    def _formula(self, x, scale, bias, *, epsilon, mask, **settings):
+        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
+        _, alpha = parameter(self, "alpha", (), settings["trainable"], start=0.5)
+        _layers.refuse(_layers.label(self, self.path), {} if mask is None else {"mask": mask}, "nothing is measured")
+        return _layers.call(jaxnorm.dynamic_tanh, x, alpha, scale, bias, **settings)
+
+
+class GraphNorm(_Example, kw_only=True):
+    """Normalization of the nodes of each graph of a batch, with a learned part of the mean (Cai et al., 2021).
+
+    ``params/mean_scale`` begins with one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm.linen import GraphNorm
+      >>> nodes, graph = jnp.array([[1.0], [3.0], [10.0], [30.0]]), jnp.array([0, 0, 1, 1])
+      >>> GraphNorm(num_graphs=2).init_with_output(jax.random.key(0), nodes, graph)[0].round(3).tolist()
+      [[-1.0], [1.0], [-1.0], [1.0]]
+    """
+
+    epsilon: float = 1e-5
+    num_graphs: int | None = None
+    """How many graphs there are, those of the padding included; or given in the call."""
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Array,
+        graph: Array,
+        *,
+        num_graphs: int | None = None,
+        mask: Array | None = None,
+        trainable: bool | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize every node of ``x`` with those of its graph.
+
+        Args:
+          x: array of shape ``(nodes, *features)``.
+          graph: integers of shape ``(nodes,)``, from zero to ``num_graphs - 1``.
+          num_graphs: None for the attribute.
+          mask: as in `jaxnorm.standardize`; of shape ``(nodes, 1)``, say, false for the nodes of the padding.
+          trainable, residual: as of `LayerNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``num_graphs`` is not given, or an argument does not fit.
+        """
+        given = {"graph": graph, "num_graphs": _layers.first_given(num_graphs, self.num_graphs)}
+        return self._output(x, mask=mask, trainable=trainable, residual=residual, **given)
+
+    @nn.nowrap
+    def _formula(self, x, scale, bias, *, axis, graph, **settings):
+        shape = tuple(x.shape[a] for a in axis)
+        _, mean_scale = parameter(self, "mean_scale", shape, settings["trainable"], start=1.0)
+        return _layers.call(jaxnorm.graph_norm, x, graph, scale, bias, mean_scale, axis=axis, **settings)

@@ -1,0 +1,479 @@
+"""Batch norms that take their statistics otherwise, each a `BatchNorm` with another formula; and norms of examples.
+
+Each paper is named in full with the function that a layer wraps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jaxnorm
+from jaxnorm import _layers
+from jaxnorm._axes import Axes
+from jaxnorm.functional import Array
+from jaxnorm.nnx._norms import Affine, BatchNorm
+from jaxnorm.variants.sequences import running_at
+
+layer = partial(dataclass, eq=False, repr=False, kw_only=True)
+
+
+def learned(norm: Affine, shape: tuple[int, ...], start: float) -> nnx.Param:
+    """What a layer learns besides scale and bias, begun with one number."""
+    return nnx.Param(jnp.full(shape, start, norm.param_dtype))
+
+
+@layer()
+class GhostBatchNorm(BatchNorm):
+    """`jaxnorm.ghost_batch_norm` (Hoffer, Hubara and Soudry, 2017) with scale, bias and running averages.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import GhostBatchNorm
+      >>> layer = GhostBatchNorm(1, virtual_batch_size=2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0], [3.0], [10.0], [30.0]])).round(3).tolist()
+      [[-1.0], [1.0], [-1.0], [1.0]]
+    """
+
+    virtual_batch_size: int
+    """How many consecutive examples are normalized together."""
+
+    def _by_batch(self, x, running, scale, bias, **settings):
+        size = self.virtual_batch_size
+        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=size, **settings)
+        return y, _layers.of_virtual_batches(batch, x.shape[0] / size, self.unbiased)
+
+
+@layer()
+class TrackedInstanceNorm(BatchNorm):
+    """Instance normalization with running averages, by which it normalizes at inference.
+
+    PyTorch's ``InstanceNorm2d(track_running_stats=True)``, as in the checkpoints of CycleGAN, with ``unbiased=True``
+    and ``momentum=0.9``. The averages are those of the means and the variances of the instances.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import TrackedInstanceNorm
+      >>> layer = TrackedInstanceNorm(1, momentum=0.0, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[[1.0], [3.0]]])).round(3).tolist(), layer.mean[...].tolist()
+      ([[[-1.0], [1.0]]], [2.0])
+    """
+
+    def _by_batch(self, x, running, scale, bias, **settings):
+        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=1, **settings)
+        return y, _layers.of_virtual_batches(batch, x.shape[0], self.unbiased)
+
+
+@layer()
+class BatchRenorm(BatchNorm):
+    """`jaxnorm.batch_renorm` (Ioffe, 2017) with scale, bias and running averages; ``steps`` counts the updates.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import BatchRenorm
+      >>> layer = BatchRenorm(1, epsilon=0.0, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0], [3.0]])).tolist(), int(layer.steps[...])  # as by the averages before
+      ([[1.0], [3.0]], 1)
+    """
+
+    r_max: float | Callable[[Any], Any] = 3.0
+    """Bound of r, or a schedule: a function of the number of updates, as optax has them."""
+    d_max: float | Callable[[Any], Any] = 5.0
+    """Bound of d, likewise."""
+
+    steps: nnx.BatchStat = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def _by_batch(self, x, running, scale, bias, **settings):
+        steps = self.steps[...]
+        bounds = {n: b(steps) if callable(b) else b for n, b in (("r_max", self.r_max), ("d_max", self.d_max))}
+        return _layers.call(jaxnorm.batch_renorm, x, running, scale, bias, **bounds, **settings)
+
+    def _updated(self):
+        self.steps[...] += 1
+
+
+@layer()
+class SplitBatchNorm(BatchNorm):
+    """`jaxnorm.split_batch_norm` (Xie et al., 2020; Chang et al., 2019) with running averages of every domain.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import SplitBatchNorm
+      >>> model = nnx.Sequential(SplitBatchNorm(1, num_domains=2, epsilon=0.0, rngs=nnx.Rngs(0)))
+      >>> x, domain = jnp.array([[1.0], [10.0], [3.0], [30.0]]), jnp.array([0, 1, 0, 1])
+      >>> nnx.view(model, domain=domain)(x).tolist()
+      [[-1.0], [-1.0], [1.0], [1.0]]
+    """
+
+    num_domains: int
+    """How many domains there are."""
+    split_affine: bool = False
+    """Whether every domain has a scale and a bias of its own."""
+
+    domain: Any = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.domain = nnx.data(None)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: jax.Array,
+        domain: Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        update_running_average: bool | None = None,
+        trainable: bool | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize every example of ``x`` with those of its domain, or by the running averages of that.
+
+        Args:
+          x: array of shape ``(batch, ...)`` with the features on ``axis``.
+          domain: integers of shape ``(batch,)``, from zero to ``num_domains - 1``; None for those from ``nnx.view``.
+          use_running_average, mask, update_running_average, trainable, residual: as of `BatchNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``domain`` or ``use_running_average`` is not given, or an argument does not fit.
+        """
+        domain = self.domain if domain is None else domain
+        if domain is None:
+            _layers.fail(_layers.label(self), "domain must be given in the call or by nnx.view", {"domain": None})
+        switches = {"update_running_average": update_running_average, "trainable": trainable}
+        return self._output(x, use_running_average, mask=mask, residual=residual, domain=domain, **switches)
+
+    def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        use_running_average: bool | None = None,
+        update_running_average: bool | None = None,
+        trainable: bool | None = None,
+        domain: Array | None = None,
+    ) -> None:
+        """Used by ``nnx.view``.
+
+        Args:
+          use_running_average: normalize by the running averages instead of the statistics of the batch.
+          update_running_average: whether the running averages move.
+          trainable: whether the parameters receive gradients.
+          domain: of the examples to come, for a model that does not pass it on to its norms.
+        """
+        super().set_view(use_running_average, update_running_average, trainable)
+        if domain is not None:
+            self.domain = jnp.asarray(domain)
+
+    def _shapes(self, features):
+        domains = (self.num_domains, *features)
+        return domains, domains if self.split_affine else features
+
+    def _by_batch(self, x, running, scale, bias, *, domain, **settings):
+        domains = {"num_domains": self.num_domains}
+        return _layers.call(jaxnorm.split_batch_norm, x, domain, scale, bias, **domains, **settings)
+
+    def _by_averages(self, x, running, scale, bias, *, domain, **settings):
+        if self.split_affine:
+            scale, bias = (None if v is None else v[domain] for v in (scale, bias))
+        running = jaxnorm.RunningStats(*(v[domain] for v in running))
+        return super()._by_averages(x, running, scale, bias, **settings)
+
+
+@layer()
+class SwitchableNorm(BatchNorm):
+    """`jaxnorm.switchable_norm` (Luo et al., 2019) with ``mean_logits`` and ``var_logits``, begun with equal weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import SwitchableNorm
+      >>> layer = SwitchableNorm(2, rngs=nnx.Rngs(0))
+      >>> layer.mean_logits[...] = jnp.array([0.0, 50.0, 0.0])  # of instance, layer and batch
+      >>> layer.var_logits[...] = jnp.array([0.0, 50.0, 0.0])
+      >>> layer(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
+      [[-1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    mean_logits: nnx.Param = field(init=False)
+    var_logits: nnx.Param = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.mean_logits, self.var_logits = learned(self, (3,), 0.0), learned(self, (3,), 0.0)
+
+    def _by_batch(self, x, running, scale, bias, **settings):
+        return self._mixture(x, scale, bias, **settings)
+
+    def _by_averages(self, x, running, scale, bias, **settings):
+        return self._mixture(x, scale, bias, running=running, **settings)[0]
+
+    def _mixture(self, x, scale, bias, **settings):
+        logits = (self._value(name, settings["trainable"]) for name in ("mean_logits", "var_logits"))
+        return _layers.call(jaxnorm.switchable_norm, x, *logits, scale, bias, **settings)
+
+
+@layer()
+class EvoNormB0(BatchNorm):
+    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``v``, begun with one. Activation included.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import EvoNormB0
+      >>> layer = EvoNormB0(1, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[-1.0], [3.0]])).round(2).tolist()  # -1 by the deviation, 3 by itself
+      [[-0.5], [1.0]]
+    """
+
+    v: nnx.Param = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.v = learned(self, self._shape, 1.0)
+
+    def _by_batch(self, x, running, scale, bias, **settings):
+        return self._evolved(x, scale, bias, **settings)
+
+    def _by_averages(self, x, running, scale, bias, **settings):
+        return self._evolved(x, scale, bias, running=running, **settings)[0]
+
+    def _evolved(self, x, scale, bias, **settings):
+        settings = _layers.without_epilogue(_layers.label(self), settings)
+        return _layers.call(jaxnorm.evonorm_b0, x, scale, bias, self._value("v", settings["trainable"]), **settings)
+
+
+@layer()
+class SequenceBatchNorm(BatchNorm):
+    """Batch normalization of ``(batch, time, *features)`` by statistics of each time step; scale and bias are shared.
+
+    At inference a step beyond the last one seen has the averages of that one (Cooijmans et al., 2017).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import SequenceBatchNorm
+      >>> layer = SequenceBatchNorm(1, max_length=3, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[[1.0], [10.0]], [[3.0], [30.0]]])).round(3).tolist()  # two sequences of two steps
+      [[[-1.0], [-1.0]], [[1.0], [1.0]]]
+    """
+
+    max_length: int
+    """How many steps have averages; sequences may be shorter, and longer at inference."""
+
+    _counts = True
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: jax.Array,
+        lengths: Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        update_running_average: bool | None = None,
+        trainable: bool | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize every time step of ``x`` by its own statistics, which move its running averages, or by those.
+
+        Args:
+          x: array of shape ``(batch, time, *features)``.
+          lengths: integers of shape ``(batch,)``: how many steps of each sequence count; None for all.
+          use_running_average, update_running_average, trainable, residual: as of `BatchNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``use_running_average`` is not given, or the sequences are longer than ``max_length`` and
+            normalized by their own statistics.
+        """
+        mask = _layers.mask_of(lengths, x)
+        switches = {"update_running_average": update_running_average, "trainable": trainable}
+        return self._output(x, use_running_average, mask=mask, residual=residual, **switches)
+
+    def _shapes(self, features):
+        return (self.max_length, *features), features
+
+    def _by_batch(self, x, running, scale, bias, *, axis, **settings):
+        length = {"max_length": self.max_length}
+        return _layers.sequence_by_batch(_layers.label(self), x, scale, bias, **length, axis=axis, **settings)
+
+    def _by_averages(self, x, running, scale, bias, *, axis, **settings):
+        steps = running_at(running, jnp.arange(x.shape[1]))
+        scale, bias = _layers.of_steps(x, scale, bias)
+        return super()._by_averages(x, steps, scale, bias, axis=(1, *axis), **settings)
+
+
+# Of examples ---------------------------------------------------------------------------------------------------------
+
+
+@layer()
+class Example(Affine):
+    """A norm of examples, each by itself."""
+
+    axis: Axes = -1
+    """The feature axis, or several."""
+
+    def _features(self, x):
+        return _layers.sorted_axes(_layers.label(self), "axis", self.axis, jnp.ndim(x))
+
+
+@layer()
+class EvoNormS0(Example):
+    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``v``, begun with one. Activation included.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import EvoNormS0
+      >>> layer = EvoNormS0(2, num_groups=1, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[0.0, 10.0]])).round(3).tolist()  # x sigmoid(x) by the deviation, 5
+      [[0.0, 2.0]]
+    """
+
+    epsilon: float = 1e-5
+    num_groups: int = 32
+    """How many groups; divides the number of channels."""
+
+    v: nnx.Param = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.v = learned(self, self._shape, 1.0)
+
+    def _formula(self, x, scale, bias, *, axis, **settings):
+        settings = _layers.without_epilogue(_layers.label(self), settings)
+        groups = {"axis": axis[0] if len(axis) == 1 else axis, "num_groups": self.num_groups}
+        v = self._value("v", settings["trainable"])
+        return _layers.call(jaxnorm.evonorm_s0, x, scale, bias, v, **groups, **settings)
+
+
+@layer()
+class FilterResponseNorm(Example):
+    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``threshold``, begun with zero: a ReLU.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import FilterResponseNorm
+      >>> layer = FilterResponseNorm(1, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[[3.0], [-3.0]]])).round(3).tolist()  # one example, two positions, one channel
+      [[[1.0], [0.0]]]
+    """
+
+    threshold: nnx.Param = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.threshold = learned(self, self._shape, 0.0)
+
+    def _formula(self, x, scale, bias, **settings):
+        settings = _layers.without_epilogue(_layers.label(self), settings)
+        threshold = self._value("threshold", settings["trainable"])
+        return _layers.call(jaxnorm.filter_response_norm, x, scale, bias, threshold, **settings)
+
+
+@layer()
+class DynamicTanh(Example):
+    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``alpha``, begun with 0.5. There is no epsilon in it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import DynamicTanh
+      >>> layer = DynamicTanh(1, rngs=nnx.Rngs(0))
+      >>> print(layer(jnp.array([2.0])).round(3), jnp.tanh(0.5 * 2.0).round(3))
+      [0.762] 0.762
+    """
+
+    epsilon: float = 1e-5
+
+    alpha: nnx.Param = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.alpha = learned(self, (), 0.5)
+
+    def _formula(self, x, scale, bias, *, epsilon, mask, **settings):
+        settings = _layers.without_epilogue(_layers.label(self), settings)
+        _layers.refuse(_layers.label(self), {} if mask is None else {"mask": mask}, "nothing is measured")
+        alpha = self._value("alpha", settings["trainable"])
+        return _layers.call(jaxnorm.dynamic_tanh, x, alpha, scale, bias, **settings)
+
+
+@layer()
+class GraphNorm(Example):
+    """Normalization of the nodes of each graph of a batch, with a learned part of the mean (Cai et al., 2021).
+
+    ``mean_scale`` begins with one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxnorm.nnx import GraphNorm
+      >>> nodes, graph = jnp.array([[1.0], [3.0], [10.0], [30.0]]), jnp.array([0, 0, 1, 1])
+      >>> GraphNorm(1, num_graphs=2, rngs=nnx.Rngs(0))(nodes, graph).round(3).tolist()
+      [[-1.0], [1.0], [-1.0], [1.0]]
+    """
+
+    epsilon: float = 1e-5
+    num_graphs: int | None = None
+    """How many graphs there are, those of the padding included; or given in the call."""
+
+    mean_scale: nnx.Param = field(init=False)
+
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.mean_scale = learned(self, self._shape, 1.0)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: jax.Array,
+        graph: Array,
+        *,
+        num_graphs: int | None = None,
+        mask: Array | None = None,
+        trainable: bool | None = None,
+        residual: Array | None = None,
+    ) -> jax.Array:
+        """Normalize every node of ``x`` with those of its graph.
+
+        Args:
+          x: array of shape ``(nodes, *features)``.
+          graph: integers of shape ``(nodes,)``, from zero to ``num_graphs - 1``.
+          num_graphs: None for the attribute.
+          mask: as in `jaxnorm.standardize`; of shape ``(nodes, 1)``, say, false for the nodes of the padding.
+          trainable, residual: as of `LayerNorm`.
+
+        Returns:
+          An array of the shape of ``x``.
+
+        Raises:
+          ValueError: ``num_graphs`` is not given, or an argument does not fit.
+        """
+        given = {"graph": graph, "num_graphs": _layers.first_given(num_graphs, self.num_graphs)}
+        return self._output(x, mask=mask, trainable=trainable, residual=residual, **given)
+
+    def _formula(self, x, scale, bias, *, graph, **settings):
+        mean_scale = self._value("mean_scale", settings["trainable"])
+        return _layers.call(jaxnorm.graph_norm, x, graph, scale, bias, mean_scale, **settings)
