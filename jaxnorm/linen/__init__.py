@@ -41,7 +41,7 @@ from jaxnorm.linen._remedies import (
     SwitchableNorm,
     TrackedInstanceNorm,
 )
-from jaxnorm.linen._weights import StandardizedConv, StandardizedDense
+from jaxnorm.linen._weights import SpectralNorm, StandardizedConv, StandardizedDense, WeightNorm
 from jaxnorm.variants.sequences import extend_steps
 
 __all__ = [
@@ -65,12 +65,14 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "SequenceBatchNorm",
+    "SpectralNorm",
     "SplitBatchNorm",
     "StandardizedConv",
     "StandardizedDense",
     "StepBatchNorm",
     "SwitchableNorm",
     "TrackedInstanceNorm",
+    "WeightNorm",
     "extend_steps",
     "trainable_mask",
 ]

@@ -1,10 +1,18 @@
 """Layers whose weights are normalized before they are used."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype
 
 import jaxnorm
+from jaxnorm import _layers
+from jaxnorm._axes import Axes
+from jaxnorm.linen._norms import Initializer
+from jaxnorm.variants.weights import iterate
 
 
 class _Standardized(nn.Module):
@@ -47,3 +55,150 @@ class StandardizedDense(_Standardized, nn.Dense):
       >>> bool(jnp.allclose(y, 0, atol=1e-6))  # as in `StandardizedConv`
       True
     """
+
+
+class _Wrapper(nn.Module):
+    """A layer whose parameters are changed before it sees them."""
+
+    @nn.nowrap
+    def _call(self, change: Any, *args: Any, mutable: bool = False, **kwargs: Any) -> Any:
+        layer: Any = getattr(self, "layer_instance")
+
+        def changed(path, value):
+            name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            return change(f"{layer.name}/{name}", jnp.asarray(value))
+
+        forward = nn.map_variables(
+            lambda layer: layer(*args, **kwargs),
+            trans_in_fn=lambda variables: jax.tree_util.tree_map_with_path(changed, variables),
+            init=self.is_initializing(),
+            mutable=mutable,
+        )
+        return forward(layer)
+
+
+class WeightNorm(_Wrapper):
+    """A layer whose weights have a length that is learned (Salimans and Kingma, 2016): `jaxnorm.weight_norm`.
+
+    In place of ``flax.linen.WeightNorm``. Variables: those of the layer, and ``params/<layer>/kernel/scale``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxnorm.linen import WeightNorm
+      >>> variables = WeightNorm(nn.Dense(3)).init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> jax.tree.map(jnp.shape, variables["params"])["layer_instance/kernel/scale"]
+      (3,)
+    """
+
+    layer_instance: nn.Module
+    """The layer."""
+    epsilon: float = 1e-12
+    """Added to the squared length."""
+    dtype: Any = None
+    """Of the weights that the layer sees; None for the promotion of weights and scale."""
+    param_dtype: Any = jnp.float32
+    """Of the scale."""
+    use_scale: bool = True
+    """Whether there is a scale."""
+    scale_init: Initializer = nn.initializers.ones
+    """Initializer of the scale."""
+    feature_axes: Axes | None = -1
+    """Axis or axes of which every index has a length of its own; None for one length of the whole array."""
+    variable_filter: Iterable[str] | None = frozenset({"kernel"})
+    """What is normalized: arrays whose path contains one of these; None for all."""
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives, with its weights normalized.
+
+        Args:
+          *args: those of the layer.
+          **kwargs: likewise.
+
+        Returns:
+          What the layer returns.
+        """
+        return self._call(self._normalized, *args, **kwargs)
+
+    @nn.nowrap
+    def _normalized(self, name: str, w: jax.Array) -> jax.Array:
+        if self.variable_filter and not any(part in name for part in self.variable_filter):
+            return w
+        given = () if self.feature_axes is None else self.feature_axes
+        axis = _layers.sorted_axes("WeightNorm", "feature_axes", given, w.ndim)
+        shape = tuple(w.shape[a] for a in axis)
+        scale = self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
+        dtype = canonicalize_dtype(w, scale, dtype=self.dtype)
+        return _layers.call(jaxnorm.weight_norm, w, scale, axis=axis, epsilon=self.epsilon, dtype=dtype)
+
+
+class SpectralNorm(_Wrapper):
+    """A layer whose weights have a largest singular value of one (Miyato et al., 2018): `jaxnorm.spectral_norm`.
+
+    In place of ``flax.linen.SpectralNorm``. Variables: those of the layer, and ``batch_stats/<layer>/kernel/u``, the
+    state of the power iteration, with ``sigma``, the singular value. Vectors stay as they are.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from jaxnorm.linen import SpectralNorm
+      >>> layer, x = SpectralNorm(nn.Dense(3, use_bias=False), n_steps=50), jnp.eye(2)
+      >>> variables = layer.init(jax.random.key(0), x, update_stats=False)
+      >>> w, _ = layer.apply(variables, x, update_stats=True, mutable="batch_stats")  # the weights, as x is one
+      >>> jnp.linalg.svd(w)[1].max().round(3).item()
+      1.0
+    """
+
+    layer_instance: nn.Module
+    """The layer."""
+    n_steps: int = 1
+    """How many steps of the power iteration a call takes; none leaves the weights as they are."""
+    epsilon: float = 1e-12
+    """Added to squared lengths."""
+    dtype: Any = None
+    """Of the weights that the layer sees; None for the promotion of weights and state."""
+    param_dtype: Any = jnp.float32
+    """Of the state."""
+    error_on_non_matrix: bool = False
+    """Refuse arrays of more than two axes, all of which but the last are one axis else."""
+    collection_name: str = "batch_stats"
+    """The collection of the state."""
+
+    @nn.compact
+    def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
+        """What the layer gives, with its weights normalized.
+
+        Args:
+          *args: those of the layer.
+          update_stats: whether the state of the power iteration moves on: in training.
+          **kwargs: those of the layer.
+
+        Returns:
+          What the layer returns.
+
+        Raises:
+          ValueError: an array of more than two axes, with ``error_on_non_matrix``.
+        """
+
+        def normalized(name, w):
+            if w.ndim < 2 or self.n_steps < 1:
+                return w
+            if w.ndim > 2 and self.error_on_non_matrix:
+                raise ValueError(f"SpectralNorm: Input is {w.ndim}D but error_on_non_matrix is True; got {name}.")
+            return self._iterated(name, w, update_stats)
+
+        return self._call(normalized, *args, mutable=True, **kwargs)
+
+    @nn.nowrap
+    def _iterated(self, name: str, w: jax.Array, update_stats: bool) -> jax.Array:
+        collection, shape = self.collection_name, (1, w.shape[-1])
+        key = None if self.has_variable(collection, f"{name}/u") else self.make_rng("params")
+        u = self.variable(collection, f"{name}/u", jax.random.normal, key, shape, self.param_dtype)
+        sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), self.param_dtype)
+        dtype = canonicalize_dtype(w, u.value, dtype=self.dtype)
+        wide = w.astype(jnp.promote_types(w.dtype, dtype))
+        normal, new, value = iterate(wide, u.value, (w.ndim - 1,), self.n_steps, self.epsilon)
+        if update_stats:
+            u.value, sigma.value = new, value.astype(self.param_dtype)
+        return normal.astype(dtype)

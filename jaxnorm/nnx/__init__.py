@@ -41,7 +41,7 @@ from jaxnorm.nnx._remedies import (
     SwitchableNorm,
     TrackedInstanceNorm,
 )
-from jaxnorm.nnx._weights import StandardizedConv, StandardizedLinear
+from jaxnorm.nnx._weights import SpectralNorm, StandardizedConv, StandardizedLinear, WeightNorm
 
 __all__ = [
     "AdaIN",
@@ -64,11 +64,13 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "SequenceBatchNorm",
+    "SpectralNorm",
     "SplitBatchNorm",
     "StandardizedConv",
     "StandardizedLinear",
     "StepBatchNorm",
     "SwitchableNorm",
     "TrackedInstanceNorm",
+    "WeightNorm",
     "trainable_mask",
 ]
