@@ -88,10 +88,10 @@ def fill(app, docname, source) -> None:
     source[0] = re.sub(r"^```\{(results|verdicts)\}(.*)\n```$", made, source[0], flags=re.MULTILINE)
 
 
-def inherit_fields(app, what, name, obj, options, lines) -> None:
-    """Describe all fields of a class with the class."""
-    if what == "class":
-        lines[:] = docstrings.with_inherited_fields(obj, "\n".join(lines)).split("\n")
+def show_arguments(app, what, name, obj, options, lines) -> None:
+    """Describe all arguments of a layer with the layer."""
+    if what == "class" and name.startswith(("jaxnorm.linen", "jaxnorm.nnx")):
+        lines[:] = docstrings.with_arguments(obj, "\n".join(lines)).split("\n")
 
 
 def shorten(app, what, name, obj, options, signature, returned):
@@ -124,6 +124,6 @@ def setup(app):
     copy_notebooks()
     app.connect("source-read", fill)
     app.connect("source-read", link)
-    app.connect("autodoc-process-docstring", inherit_fields, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", show_arguments, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}

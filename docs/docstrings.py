@@ -1,34 +1,45 @@
 """What is done to docstrings and signatures before they are shown as the API."""
 
+import ast
+import importlib
 import inspect
 import re
-
-SECTION = re.compile(r"^(Attributes|Args):\n((?: +.*\n|\n(?= ))*)", re.MULTILINE)
-FIELD = re.compile(r"^  ([*\w]+):.*\n(?:   +.*\n|\n(?=   ))*", re.MULTILINE)
-
-
-def fields(section: re.Match[str] | None) -> dict[str, str]:
-    """The lines on each field of a section, by its name."""
-    return {field[1]: field[0] for field in FIELD.finditer(section[2])} if section else {}
+from functools import cache
+from itertools import pairwise
 
 
-def with_inherited_fields(cls: type, document: str) -> str:
-    """The docstring of a class, with the fields that it has from private bases of the package, below its own."""
-    own = SECTION.search(document + "\n")
-    described, heading = fields(own), own[1] if own else ""
-    for base in cls.__mro__[1:]:
-        if base.__module__.startswith("jaxnorm") and base.__name__.startswith("_"):
-            section = SECTION.search(inspect.cleandoc(base.__doc__ or "") + "\n")
-            for name, lines in fields(section).items():
-                described.setdefault(name, lines)
-            heading = heading or (section[1] if section else "")
-    if described == fields(own):
+@cache
+def below_fields(module: str) -> dict[str, dict[str, str]]:
+    """The strings below the fields of the classes of a module, which Python itself throws away."""
+    tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+    return {
+        c.name: {
+            field.target.id: inspect.cleandoc(str(doc.value.value))
+            for field, doc in pairwise(c.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+        }
+        for c in tree.body
+        if isinstance(c, ast.ClassDef)
+    }
+
+
+def arguments(cls: type) -> dict[str, str]:
+    """What is said of each argument of a layer: below its field, in the class or in what the class is derived from."""
+    docs: dict[str, str] = {}
+    for base in reversed([c for c in cls.__mro__ if c.__module__.startswith("jaxnorm")]):
+        docs |= below_fields(base.__module__)[base.__name__]
+    return {name: docs[name] for name in inspect.signature(cls.__init__).parameters if name in docs}
+
+
+def with_arguments(cls: type, document: str) -> str:
+    """The docstring of a layer, with all its arguments before the example."""
+    described = arguments(cls)
+    if not described or "Args:\n" in document:
         return document
-    block = f"{heading}:\n{''.join(described.values())}\n"
-    if own:
-        return document[: own.start()] + block + document[own.end() :].lstrip("\n")
+    lines = [f"  {name}: {text}".replace("\n", "\n    ") for name, text in described.items()]
     before, example, after = document.partition("Example:\n")
-    return f"{before.rstrip()}\n\n{block}{example}{after}"
+    return f"{before.rstrip()}\n\n" + "\n".join(["Args:", *lines]) + f"\n\n{example}{after}"
 
 
 def shortened(signature: str) -> str:

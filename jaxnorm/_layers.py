@@ -47,7 +47,15 @@ def check_features(function: str, shape: tuple[int, ...], built_for: tuple[int, 
         fail(function, rule, {"features": shape, "built_for": built_for})
 
 
-def first_given(*values: bool | None) -> bool | None:
+def one_axis(function: str, axis: Axes) -> int:
+    """The axis of the features where there is only one."""
+    listed = list(axis) if isinstance(axis, Sequence) else [axis]
+    if len(listed) != 1:
+        fail(function, "axis must be one axis", {"axis": axis})
+    return listed[0]
+
+
+def first_given(*values: Any) -> Any:
     """The first of ``values`` that is not None."""
     return next((value for value in values if value is not None), None)
 
@@ -87,7 +95,7 @@ def given_axes(function: str, layer: Any, shape: tuple[int, ...], *, centered: b
 def group_axes(function: str, layer: Any, shape: tuple[int, ...], *, counted: bool = False) -> Reduction:
     """Group normalization: all axes but the first, or those that the layer names, the channels included."""
     (channel,) = sorted_axes(function, "axis", layer.axis, len(shape))
-    axes = tuple({*range(1, len(shape)), channel})
+    axes = tuple({*range(int(layer.batched), len(shape)), channel})
     if layer.reduction_axes is not None:
         axes = sorted_axes(function, "reduction_axes", layer.reduction_axes, len(shape))
     if channel not in axes:
@@ -103,9 +111,10 @@ def group_axes(function: str, layer: Any, shape: tuple[int, ...], *, counted: bo
 def instance_axes(function: str, layer: Any, shape: tuple[int, ...]) -> Reduction:
     """Instance normalization: all axes but the first and the features."""
     features = sorted_axes(function, "feature_axes", layer.feature_axes, len(shape))
-    if 0 in features:
+    first = int(layer.batched)
+    if first and 0 in features:
         fail(function, "feature_axes must not include the first axis, the batch", {"feature_axes": features})
-    return Reduction(features, tuple(a for a in range(1, len(shape)) if a not in features))
+    return Reduction(features, tuple(a for a in range(first, len(shape)) if a not in features))
 
 
 # Normalization -------------------------------------------------------------------------------------------------------
@@ -147,12 +156,24 @@ def _log_once(message: str) -> None:
     logging.getLogger("jaxnorm").warning(message)
 
 
-def call(
-    function: Callable[..., Any], x: jax.Array, *args: Any, dtype: Any, trainable: Any = None, **settings: Any
-) -> Any:
-    """A function of ``jaxnorm``, which gives the dtype of its input, for a layer whose ``dtype`` may be another."""
-    result = function(x.astype(jnp.promote_types(x.dtype, dtype)), *args, **settings)
+def in_dtype(method: Callable[..., Any], base: Any, x: jax.Array, *args: Any, dtype: Any, **given: Any) -> Any:
+    """What a ``method`` of a layer gives, in the ``dtype`` of the layer.
+
+    That of the ``base`` class takes the dtype, and keeps ``x`` as it is for the backward pass. Any other works in the
+    wider of both dtypes, and gives that of its input, as the functions of ``jaxnorm`` do.
+    """
+    if base is not None and getattr(method, "__func__", None) is base:
+        return method(x, *args, dtype=dtype, **given)
+    result = method(x.astype(jnp.promote_types(x.dtype, dtype)), *args, **given)
     return (result[0].astype(dtype), *result[1:]) if isinstance(result, tuple) else result.astype(dtype)
+
+
+def without(function: str, layer: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` without what means nothing to the layer, which is refused."""
+    names, why = layer._lacks
+    wrong = {name: given[name] for name in names if given.get(name) is not None and given[name] is not False}
+    refuse(function, wrong, why)
+    return {name: value for name, value in given.items() if name not in names}
 
 
 def replicas(layer: Any, initializing: bool) -> dict[str, Any]:
@@ -179,7 +200,7 @@ def moved(running: RunningStats, batch: Moments, momentum: float | None, unbiase
 def running_stats(
     function: str, stored: dict[str, Any], shape: tuple[int, ...], features: tuple[int, ...]
 ) -> RunningStats:
-    """The averages that a layer holds in ``shape``; those of a batch norm that was swapped serve all domains or steps."""
+    """The averages that a layer holds, in ``shape``; those of a batch norm that was swapped serve all domains."""
     held = jnp.shape(stored["mean"])
     check_features(function, features, held[len(held) - len(features) :])
     return RunningStats(*(jnp.broadcast_to(stored.get(n, 0.0), shape) for n in RunningStats._fields))
@@ -201,13 +222,6 @@ def of_virtual_batches(batch: Moments, virtual: Any, unbiased: bool) -> Moments:
     return batch._replace(var=batch.var * ((n - 1) / n) * (each / divisor(each - 1)))
 
 
-def without_epilogue(function: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` of a norm that has an activation of its own."""
-    given = {n: v for n in ("activation", "residual", "invertible") if (v := settings.pop(n, None))}
-    refuse(function, given, "the activation is part of this norm")
-    return settings
-
-
 def mask_of(lengths: Any, x: Any) -> Any:
     """The mask of sequences of these lengths; None for all that there is."""
     if lengths is None:
@@ -215,21 +229,21 @@ def mask_of(lengths: Any, x: Any) -> Any:
     return jnp.expand_dims(jaxnorm.length_mask(lengths, jnp.shape(x)[1]), range(2, jnp.ndim(x)))
 
 
-def of_steps(x: jax.Array, *values: Any) -> list[Any]:
-    """Scale and bias, the same for every time step, in the shape ``(time, *features)``."""
-    return [None if v is None else jnp.broadcast_to(v, (x.shape[1], *v.shape)) for v in values]
+def of_steps(x: jax.Array, given: dict[str, Any]) -> dict[str, Any]:
+    """Axes with that of time; scale and bias, the same for every time step, in the shape ``(time, *features)``."""
+    wide = {
+        n: None if (v := given[n]) is None else jnp.broadcast_to(v, (x.shape[1], *v.shape)) for n in ("scale", "bias")
+    }
+    return given | wide | {"axis": (1, *given["axis"])}
 
 
-def sequence_by_batch(
-    function: str, x: jax.Array, scale: Any, bias: Any, *, max_length: int, axis: tuple[int, ...], **settings: Any
-) -> tuple[jax.Array, Moments]:
-    """Batch normalization of each time step, and the moments of so many of them."""
-    y, batch = call(jaxnorm.batch_norm, x, *of_steps(x, scale, bias), axis=(1, *axis), **settings)
-    missing = max_length - x.shape[1]
+def of_all_steps(function: str, batch: Moments, max_length: int) -> Moments:
+    """The moments of so many time steps; those that were not seen have a count of zero."""
+    missing = max_length - len(batch.mean)
     if missing < 0:
         rule = "sequences must not be longer than max_length in training"
-        fail(function, rule, {"length": x.shape[1], "max_length": max_length})
-    return y, Moments(*(jnp.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for v in batch))
+        fail(function, rule, {"length": len(batch.mean), "max_length": max_length})
+    return Moments(*(jnp.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for v in batch))
 
 
 def styled(x: Any, style: Any, axis: int, epsilon: float) -> jax.Array:
@@ -239,9 +253,9 @@ def styled(x: Any, style: Any, axis: int, epsilon: float) -> jax.Array:
     return jaxnorm.instance_norm(x, jnp.sqrt(of_style.var + epsilon), of_style.mean, axis=axis, epsilon=epsilon)
 
 
-def along(x: jax.Array, axis: int, *values: jax.Array) -> list[jax.Array]:
-    """Numbers of each example and feature, in shapes that broadcast against ``x``."""
-    return [_axes.expand(v, (0, axis % x.ndim), x.ndim) for v in values]
+def along(x: jax.Array, axis: int, value: jax.Array) -> jax.Array:
+    """A number of each example and feature, in a shape that broadcasts against ``x``."""
+    return _axes.expand(value, (0, axis % x.ndim), x.ndim)
 
 
 def recurrent_step(denses: Any, norms: Any, bias: Any, carry: Any, x: Any) -> tuple[Any, jax.Array]:

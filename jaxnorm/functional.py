@@ -402,6 +402,7 @@ def group_norm(
     num_groups: int,
     axis: int = -1,
     epsilon: float | jax.Array = 1e-6,
+    batched: bool = True,
     mask: Array | None = None,
     activation: Activation = None,
     residual: Array | None = None,
@@ -415,12 +416,13 @@ def group_norm(
     is layer normalization over all of them; as many groups as channels is instance normalization.
 
     Args:
-      x: real or complex floating point array of shape ``(batch, ...)``.
+      x: real or complex floating point array of shape ``(batch, ...)``; see ``batched``.
       scale: gamma, one per channel; None for one.
       bias: beta, one per channel; None for zero.
       num_groups: how many groups; divides the number of channels.
       axis: the channel axis, not the first.
       epsilon: added to the variance, in the squared unit of ``x``.
+      batched: False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others.
       mask, activation, residual, invertible: as in `standardize`.
 
     Returns:
@@ -441,7 +443,7 @@ def group_norm(
     References:
       Wu and He, "Group Normalization", ECCV 2018.
     """
-    x, features = _axes.check_input("group_norm", x, axis, batched=True)
+    x, features = _axes.check_input("group_norm", x, axis, batched=batched)
     if len(features) != 1:
         _axes.fail("group_norm", "axis must be one axis, that of the channels", {"axis": axis})
     _axes.check_groups("group_norm", num_groups, x.shape[features[0]])
@@ -451,7 +453,7 @@ def group_norm(
         scale,
         bias,
         features=features,
-        axes=_axes.others(features, x, first=1),
+        axes=_axes.others(features, x, first=int(batched)),
         epsilon=epsilon,
         adjust=ChannelGroups(*features, num_groups),
         mask=mask,
@@ -468,6 +470,7 @@ def instance_norm(
     *,
     axis: Axes = -1,
     epsilon: float | jax.Array = 1e-6,
+    batched: bool = True,
     mask: Array | None = None,
     activation: Activation = None,
     residual: Array | None = None,
@@ -485,6 +488,7 @@ def instance_norm(
       bias: beta, likewise; None for zero.
       axis: the feature axis, or several, not the first.
       epsilon: added to the variance, in the squared unit of ``x``.
+      batched: False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others.
       mask, activation, residual, invertible: as in `standardize`.
 
     Returns:
@@ -506,14 +510,14 @@ def instance_norm(
     References:
       Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
     """
-    x, features = _axes.check_input("instance_norm", x, axis, batched=True)
+    x, features = _axes.check_input("instance_norm", x, axis, batched=batched)
     return normalize_array(
         "instance_norm",
         x,
         scale,
         bias,
         features=features,
-        axes=_axes.others(features, x, first=1),
+        axes=_axes.others(features, x, first=int(batched)),
         epsilon=epsilon,
         mask=mask,
         activation=activation,

@@ -26,6 +26,10 @@ FUNCTIONS = {
     "evonorm_s0": (lambda *args: jaxnorm.evonorm_s0(*args, num_groups=2), (X, SCALE, BIAS, V)),
     "filter_response_norm": (jaxnorm.filter_response_norm, (X, SCALE, BIAS, V)),
     "ghost_batch_norm": (lambda *args: jaxnorm.ghost_batch_norm(*args, virtual_batch_size=2), (X, SCALE, BIAS)),
+    "graph_norm": (
+        lambda x, g, s, b, a: jaxnorm.graph_norm(x, g, s, b, a, num_graphs=3),
+        (X, DOMAIN, SCALE, BIAS, V),
+    ),
     "group_norm": (lambda *args: jaxnorm.group_norm(*args, num_groups=2), (X, SCALE, BIAS)),
     "instance_norm": (jaxnorm.instance_norm, (X, SCALE, BIAS)),
     "layer_norm": (jaxnorm.layer_norm, (X, SCALE, BIAS)),
@@ -35,11 +39,13 @@ FUNCTIONS = {
     "normalize": (jaxnorm.normalize, (X, RUNNING, SCALE, BIAS)),
     "rms_norm": (jaxnorm.rms_norm, (X, SCALE)),
     "running_at": (jaxnorm.running_at, (RUNNING, np.arange(6))),
+    "spectral_norm": (jaxnorm.spectral_norm, (X, V)),
     "split_batch_norm": (lambda x, d, s: jaxnorm.split_batch_norm(x, d, s, num_domains=2), (X, DOMAIN, SCALE)),
     "standardize": (lambda x: jaxnorm.standardize(x, axes=1, adjust=lambda s: s._replace(var=s.var / 4)), (X,)),
     "standardize_weights": (jaxnorm.standardize_weights, (X, SCALE)),
     "switchable_norm": (jaxnorm.switchable_norm, (X, THREE, THREE, SCALE, BIAS)),
     "update_running": (jaxnorm.update_running, (RUNNING, RUNNING)),
+    "weight_norm": (jaxnorm.weight_norm, (X, SCALE)),
 }
 # name: settings, further inputs, whether a batch is normalized by its own statistics or by averages
 LAYERS = {
@@ -48,6 +54,7 @@ LAYERS = {
     "RMSNorm": ({}, (), False),
     "GroupNorm": ({"num_groups": 2}, (), False),
     "InstanceNorm": ({}, (), False),
+    "TrackedInstanceNorm": ({}, (), True),
     "GhostBatchNorm": ({"virtual_batch_size": 2}, (), True),
     "BatchRenorm": ({}, (), True),
     "SplitBatchNorm": ({"num_domains": 2, "split_affine": True}, (DOMAIN,), True),
@@ -56,6 +63,7 @@ LAYERS = {
     "EvoNormS0": ({"num_groups": 2}, (), False),
     "FilterResponseNorm": ({}, (), False),
     "DynamicTanh": ({}, (), False),
+    "GraphNorm": ({"num_graphs": 3}, (DOMAIN,), False),
     "SequenceBatchNorm": ({"max_length": 3}, (LENGTHS,), True),
     "StepBatchNorm": ({}, (), True),
     "ConditionalBatchNorm": ({}, (CONDITION,), True),

@@ -168,3 +168,18 @@ def gradients(function, arguments, cotangent):
             gradient[index], largest = terms.sum(), max(largest, np.abs(terms).max())
         found.append((gradient, largest))
     return found
+
+
+def graph(x, of_node, scale, bias, mean_scale, weights, epsilon):
+    """Cai et al. 2021, equation 8: the nodes of each graph, less part of their mean."""
+    _, channel, many = keys_of(x)
+    keys = np.asarray(of_node).reshape(-1, *(1,) * (x.ndim - 1)) * many + channel
+    mean, _, count = measured(x, weights, keys)
+    c = x - mean_scale * mean
+    second, var, _ = measured(c, weights, keys)
+    return np.where(count > 0, c / np.sqrt(var + second**2 + epsilon), 0) * scale + bias
+
+
+def weight_norm(w, gain, epsilon):
+    """Salimans and Kingma 2016; outputs last."""
+    return gain * w / np.sqrt((w**2).sum(tuple(range(w.ndim - 1))) + epsilon)

@@ -16,6 +16,9 @@ from checks import quick_first
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
+import jaxnorm.linen
+import jaxnorm.nnx
+
 pytestmark = pytest.mark.any_version
 
 ROOT = Path(__file__).parent.parent
@@ -75,46 +78,13 @@ def test_everything_public_has_an_entry_and_nothing_else(name):
     assert sorted(entries) == sorted(public(importlib.import_module(name)))
 
 
-class _Base:
-    """Private.
-
-    Args:
-      axis: which.
-      epsilon: added,
-        under the root.
-    """
-
-
-class Public(_Base):
-    """Public.
-
-    Args:
-      axis: which of two.
-      **settings: all else.
-
-    Example:
-      Public()
-    """
-
-
-class Bare(_Base):
-    """Bare.
-
-    Example:
-      Bare()
-    """
-
-
-def test_fields_of_private_bases_are_shown(monkeypatch):
-    monkeypatch.setattr(_Base, "__module__", "jaxnorm.somewhere")
-    both = [docstrings.with_inherited_fields(cls, inspect.cleandoc(cls.__doc__)) for cls in (Public, Bare)]
-    epsilon = "  epsilon: added,\n    under the root.\n"
-    example = "\nExample:\n  {}()"
-    assert both == [
-        f"Public.\n\nArgs:\n  axis: which of two.\n  **settings: all else.\n{epsilon}" + example.format("Public"),
-        f"Bare.\n\nArgs:\n  axis: which.\n{epsilon}" + example.format("Bare"),
-    ]
-    assert docstrings.with_inherited_fields(_Base, "Private.") == "Private."
+def test_arguments_are_shown_before_the_example():
+    shown = docstrings.with_arguments(jaxnorm.nnx.GhostBatchNorm, "It is.\n\nExample:\n  None\n")
+    assert shown.startswith("It is.\n\nArgs:\n  num_features: How many features")
+    assert shown.endswith(
+        "  virtual_batch_size: How many consecutive examples are normalized together.\n\nExample:\n  None\n"
+    )
+    assert docstrings.with_arguments(jaxnorm.nnx.AdaLN, "It is.") == "It is."
 
 
 def test_signatures_have_no_addresses():

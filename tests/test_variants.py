@@ -73,7 +73,7 @@ def added(function, oracle):
     return ours, lambda x, *p: oracle(x + 8.0, *p, EPSILON)
 
 
-F, NEAR = (4,), "near the mean of x"
+F, NEAR, NEAR_ONE = (4,), "near the mean of x", "near one"
 CASES = {
     "ghost": case(
         together(jaxnorm.ghost_batch_norm, virtual_batch_size=2),
@@ -105,6 +105,21 @@ CASES = {
         lambda *a: oracles.weights(*a[:-1], EPSILON),
         F,
     ),
+    "graph": case(
+        lambda x, s, b, a, mask=None: (
+            jaxnorm.graph_norm(x, jnp.asarray(DOMAIN), s, b, a, num_graphs=4, epsilon=EPSILON, mask=mask),
+            (),
+        ),
+        lambda x, s, b, a, w: oracles.graph(x, DOMAIN, s, b, a, w, EPSILON),
+        F,
+        F,
+        NEAR_ONE,
+    ),
+    "weight norm": case(
+        lambda x, *p, mask=None: (jaxnorm.weight_norm(x, *p, epsilon=EPSILON), ()),
+        lambda *a: oracles.weight_norm(*a[:-1], EPSILON),
+        F,
+    ),
     "add_layer_norm": case(*added(jaxnorm.add_layer_norm, oracles.layer), F, F),
     "add_rms_norm": case(*added(jaxnorm.add_rms_norm, oracles.root_mean_square), F),
 }
@@ -113,10 +128,9 @@ CASES = {
 def problem(name, kappa, masked):
     rng = np.random.default_rng([*name.encode(), int(kappa), masked])
     x = (rng.standard_normal(SHAPE) + kappa).astype(np.float32)
-    parameters = [
-        np.asarray(kappa + rng.standard_normal(F) if s is NEAR else rng.standard_normal(s), np.float32)
-        for s in CASES[name][2]
-    ]
+    near = {NEAR: lambda: kappa + rng.standard_normal(F), NEAR_ONE: lambda: 1 + rng.standard_normal(F) / max(kappa, 1)}
+    drawn = [near[s]() if s in near else rng.standard_normal(s) for s in CASES[name][2]]
+    parameters = [np.asarray(p, np.float32) for p in drawn]
     weights = rng.integers(0, 3, (*SHAPE[:-1], 1)).astype(np.float32)
     weights[2] = 0  # an example of which nothing is measured
     return x, parameters, weights if masked else np.ones_like(weights), rng.standard_normal(SHAPE).astype(np.float32)

@@ -3,6 +3,8 @@
 ``modulation``, a dense layer begun with zeros, computes the scale less one and the bias.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,12 +13,12 @@ import jaxnorm
 from jaxnorm import _layers
 from jaxnorm.functional import Array
 from jaxnorm.linen._norms import BatchNorm
-from jaxnorm.linen._remedies import _Example
+from jaxnorm.linen._remedies import Example
 
 
-def modulation(layer: nn.Module, x: Array, axis: int, condition: Array, parts: int = 2) -> list[jax.Array]:
+def modulation(layer: nn.Module, x: Array, axis: Any, condition: Array, parts: int = 2) -> list[jax.Array]:
     """Scale, bias and what else there is of each example."""
-    features = jnp.shape(x)[axis]
+    features = jnp.shape(x)[_layers.one_axis(_layers.label(layer, layer.path), axis)]
     dense = nn.Dense(parts * features, kernel_init=nn.initializers.zeros, name="modulation")
     scale, *rest = jnp.split(dense(condition), parts, axis=-1)
     return [1 + scale, *rest]
@@ -69,7 +71,9 @@ class ConditionalBatchNorm(BatchNorm):
         return self._output(x, use_running_average, mask=mask, residual=residual, affine=affine, **switches)
 
 
-class _Conditional(_Example):
+class Conditional(Example):
+    """Of examples, each by itself and with scale and bias of its own."""
+
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -104,7 +108,7 @@ def _refuse(layer: nn.Module) -> None:
     _layers.refuse(_layers.label(layer, layer.path), given, "scale and bias are computed from the condition")
 
 
-class ConditionalInstanceNorm(_Conditional):
+class ConditionalInstanceNorm(Conditional):
     """Instance normalization with scale and bias from a condition (Dumoulin et al., 2017).
 
     Example:
@@ -123,11 +127,11 @@ class ConditionalInstanceNorm(_Conditional):
     epsilon: float = 1e-5
 
     @nn.nowrap
-    def _formula(self, x, scale, bias, **settings):
-        return _layers.call(jaxnorm.instance_norm, x, scale, bias, **settings)
+    def _by_examples(self, x, **given):
+        return jaxnorm.instance_norm(x, **given)
 
 
-class ConditionalLayerNorm(_Conditional):
+class ConditionalLayerNorm(Conditional):
     """Layer normalization with scale and bias from a condition: adaLN (Peebles and Xie, 2023).
 
     Example:
@@ -143,8 +147,8 @@ class ConditionalLayerNorm(_Conditional):
     """
 
     @nn.nowrap
-    def _formula(self, x, scale, bias, **settings):
-        return _layers.call(jaxnorm.layer_norm, x, scale, bias, **settings)
+    def _by_examples(self, x, **given):
+        return jaxnorm.layer_norm(x, **given)
 
 
 class AdaLN(nn.Module):
@@ -182,7 +186,7 @@ class AdaLN(nn.Module):
         x = jnp.asarray(x)
         x = x.astype(jnp.result_type(x, scale))
         y = jaxnorm.layer_norm(x, scale, bias, axis=self.axis, epsilon=self.epsilon)
-        return y, *_layers.along(x, self.axis, gate)
+        return y, _layers.along(x, self.axis, gate)
 
 
 class FiLM(nn.Module):
@@ -214,7 +218,7 @@ class FiLM(nn.Module):
           An array of the shape of ``x``.
         """
         x = jnp.asarray(x)
-        scale, bias = _layers.along(x, self.axis, *modulation(self, x, self.axis, condition))
+        scale, bias = (_layers.along(x, self.axis, v) for v in modulation(self, x, self.axis, condition))
         return x * scale + bias
 
 

@@ -25,26 +25,13 @@ Initializer = nn.initializers.Initializer
 # Helpers are functions, or methods under `nn.nowrap`: Flax would take others for calls of the module.
 
 
-def parameter(
-    layer: Any, name: str, shape: tuple[int, ...], trainable: bool | None, start: float | None = None
-) -> tuple[Any, Any]:
-    """A parameter as it is stored, and as it is used: a constant to differentiation where it does not train.
-
-    Scale or bias; or what begins with one number, as ``start`` says.
-    """
-    init, label = nn.initializers.constant(start), _layers.label(layer, layer.path)
-    if start is None:
-        if not getattr(layer, f"use_{name}", False):
-            return None, None
-        init = getattr(layer, f"{name}_init")
+def parameter(layer: Any, name: str, shape: tuple[int, ...], trainable: bool | None, init: Any) -> tuple[Any, Any]:
+    """A parameter as it is stored, and as it is used: a constant to differentiation where it does not train."""
     if layer.has_variable("params", name):
+        label = _layers.label(layer, layer.path)
         _layers.check_features(label, shape, jnp.shape(meta.unbox(layer.get_variable("params", name))))
-    centered = name == "scale" and layer.zero_centered_scale
-    if centered:
-        init = _less_one(init)
     stored = layer.param(name, init, shape, layer.param_dtype)
-    value = stored if _layers.first_given(trainable, layer.trainable) else jax.lax.stop_gradient(stored)
-    return stored, 1 + value.astype(_axes.statistics_dtype(value.dtype)) if centered else value
+    return stored, _layers.constant_unless(_layers.first_given(trainable, layer.trainable), stored)
 
 
 def _less_one(init: Initializer) -> Any:
@@ -52,19 +39,32 @@ def _less_one(init: Initializer) -> Any:
 
 
 def arguments(
-    layer: Any, x: jax.Array, shape: tuple[int, ...], trainable: bool | None, affine: tuple[Any, Any] | None = None
+    layer: Any, x: jax.Array, axis: tuple[int, ...], trainable: bool | None, affine: tuple[Any, Any] | None = None
 ) -> tuple[dict[str, Any], Function]:
-    """What the engine is told by every layer, and the module that follows it; ``affine`` stands for scale and bias."""
+    """What a formula is told by every layer, and the module that follows it; ``affine`` stands for scale and bias."""
+    features = tuple(x.shape[a] for a in axis)
+    _, shape = layer._variable_shapes(features)
+    stored: dict[str, Any] = {"scale": None, "bias": None}
+    used = dict(stored)
     if affine is None:
-        (stored, scale), (_, bias) = (parameter(layer, name, shape, trainable) for name in ("scale", "bias"))
+        for name in stored:
+            if getattr(layer, f"use_{name}", False):
+                init = getattr(layer, f"{name}_init")
+                init = _less_one(init) if name == "scale" and layer.zero_centered_scale else init
+                stored[name], used[name] = parameter(layer, name, shape, trainable, init)
+        if layer.is_initializing():
+            dtype = canonicalize_dtype(x, *stored.values(), dtype=layer.dtype)
+            _layers.check_start(_layers.label(layer, layer.path), layer, layer.scale_init, shape, dtype)
+        if layer.zero_centered_scale and used["scale"] is not None:
+            used["scale"] = 1 + used["scale"].astype(_axes.statistics_dtype(used["scale"].dtype))
     else:
-        stored, bias = scale, bias = _layers.constant_unless(_layers.first_given(trainable, layer.trainable), affine)
-    dtype = canonicalize_dtype(x, stored, bias, dtype=layer.dtype)
-    if layer.is_initializing() and affine is None:
-        _layers.check_start(_layers.label(layer, layer.path), layer, layer.scale_init, shape, dtype)
+        trains = _layers.first_given(trainable, layer.trainable)
+        stored = used = dict(zip(used, _layers.constant_unless(trains, affine), strict=True))
+    for name, (own, start) in layer._learned(features).items():
+        _, used[name] = parameter(layer, name, own, trainable, nn.initializers.constant(start))
     activation, after = _layers.epilogue(layer, nn.Module)
-    given = {"scale": scale, "bias": bias, "epsilon": layer.epsilon, "dtype": dtype}
-    return given | {"activation": activation, "invertible": layer.invertible}, after
+    given = {"axis": axis, "epsilon": layer.epsilon, "activation": activation, "invertible": layer.invertible}
+    return used | given | {"dtype": canonicalize_dtype(x, *stored.values(), dtype=layer.dtype)}, after
 
 
 class Layer(nn.Module):
@@ -84,6 +84,7 @@ class Layer(nn.Module):
     """Store the scale as its distance from one, so that weight decay pulls it to one. ``scale_init`` still says where
     the scale itself starts."""
 
+    _lacks: ClassVar[tuple[tuple[str, ...], str]] = ((), "")  # What of the above means nothing to a norm, and why.
     _reduction: ClassVar[Callable[[str, Any, tuple[int, ...]], _layers.Reduction]]
 
     @nn.compact
@@ -119,26 +120,66 @@ class Layer(nn.Module):
     # What other norms override -------------------------------------------------------------------------------------
 
     @nn.nowrap
-    def _features(self, x: jax.Array) -> tuple[int, ...]:
-        """The axes of scale and bias."""
+    def _by_examples(self, x: jax.Array, *, axis: tuple[int, ...], dtype: Any = None, **given: Any) -> jax.Array:
+        """The output, of the shape and the dtype of ``x``.
+
+        Args:
+          x: array.
+          axis: the feature axes.
+          dtype: of the output, where it is another.
+          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what the
+            call of the layer passes on.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        label, initializing = _layers.label(self, self.path), self.is_initializing()
+        given |= self._reduction(label, self, x.shape)._asdict() | _layers.replicas(self, initializing)
+        return normalize_array(label, x, dtype=dtype, warn=None if initializing else _layers.warn, **given)[0]
+
+    @nn.nowrap
+    def _feature_axes(self, x: jax.Array) -> tuple[int, ...]:
+        """The axes of scale and bias.
+
+        Args:
+          x: array.
+
+        Returns:
+          Axes, none of them negative.
+        """
         return self._reduction(_layers.label(self, self.path), self, x.shape).features
 
     @nn.nowrap
-    def _formula(
-        self, x: jax.Array, scale: Any, bias: Any, *, axis: tuple[int, ...], trainable: bool | None, **settings: Any
-    ) -> jax.Array:
-        """The output of ``x``, in the dtype that is given."""
-        label, initializing = _layers.label(self, self.path), self.is_initializing()
-        settings |= self._reduction(label, self, x.shape)._asdict() | _layers.replicas(self, initializing)
-        return normalize_array(label, x, scale, bias, warn=None if initializing else _layers.warn, **settings)[0]
+    def _variable_shapes(self, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the running averages, if there are any, and of scale and bias.
+
+        Args:
+          features: the shape of the feature axes.
+
+        Returns:
+          Both shapes, which end in ``features``.
+        """
+        return features, features
+
+    @nn.nowrap
+    def _learned(self, features: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], float]]:
+        """What is learned besides scale and bias: by name, its shape and where it starts.
+
+        Args:
+          features: the shape of the feature axes.
+
+        Returns:
+          A dictionary; what normalizes gets the values by these names.
+        """
+        return {}
 
     @nn.nowrap
     def _output(self, x: Array, *, trainable: bool | None, affine: Any = None, **given: Any) -> jax.Array:
         """The output; ``affine`` stands for scale and bias, and the formula gets all else that is given."""
         x = _layers.as_input(x)
-        axis = self._features(x)
-        settings, after = arguments(self, x, tuple(x.shape[a] for a in axis), trainable, affine)
-        return after(self._formula(x, axis=axis, trainable=trainable, **settings, **given))
+        settings, after = arguments(self, x, self._feature_axes(x), trainable, affine)
+        settings = _layers.without(_layers.label(self, self.path), self, settings | given)
+        return after(_layers.in_dtype(self._by_examples, Layer._by_examples, x, **settings))
 
 
 class Replicated(nn.Module):
@@ -288,47 +329,57 @@ class BatchNorm(Layer, Replicated, Affine, _Averaged):
     _counts: ClassVar[bool] = False  # Whether the averages have a count whatever the momentum.
 
     @nn.nowrap
-    def _features(self, x: jax.Array) -> tuple[int, ...]:
-        return _layers.sorted_axes(_layers.label(self, self.path), "axis", self.axis, x.ndim)
-
-    @nn.nowrap
-    def _shapes(self, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of the averages, and of scale and bias."""
-        return features, features
-
-    @nn.nowrap
     def _by_batch(
-        self,
-        x: jax.Array,
-        running: RunningStats,
-        scale: Any,
-        bias: Any,
-        *,
-        axis: tuple[int, ...],
-        trainable: bool | None,
-        **settings: Any,
+        self, x: jax.Array, running: RunningStats, *, axis: tuple[int, ...], dtype: Any = None, **given: Any
     ) -> tuple[jax.Array, Moments]:
-        """The output by the statistics of the batch; and those, which the averages take."""
-        axes, warn = _axes.others(axis, x), None if self.is_initializing() else _layers.warn
-        own = {"features": axis, "axes": axes, "kept": axis, "near": running.mean, "warn": warn}
-        return normalize_array(_layers.label(self, self.path), x, scale, bias, **own, **settings)
+        """The output by the statistics of the batch; and those, which the running averages take.
+
+        Args:
+          x: array.
+          running: the averages before.
+          axis: the feature axes.
+          dtype: of the output, where it is another than that of ``x``.
+          **given: scale and bias, what else is `_learned`, epsilon, mask, axis_name, axis_index_groups, residual,
+            activation, invertible; and what the call of the layer passes on.
+
+        Returns:
+          ``(y, batch)``: an array of the shape of ``x``, and `jaxnorm.Moments` of the shape of the averages.
+        """
+        own = {"features": axis, "axes": _axes.others(axis, x), "kept": axis, "near": running.mean, "dtype": dtype}
+        warn = None if self.is_initializing() else _layers.warn
+        return normalize_array(_layers.label(self, self.path), x, warn=warn, **own, **given)
 
     @nn.nowrap
     def _by_averages(
-        self,
-        x: jax.Array,
-        running: RunningStats,
-        scale: Any,
-        bias: Any,
-        *,
-        axis: tuple[int, ...],
-        mask: Any,
-        trainable: bool | None,
-        **settings: Any,
+        self, x: jax.Array, running: RunningStats, *, axis: tuple[int, ...], mask: Any, dtype: Any = None, **given: Any
     ) -> jax.Array:
-        """The output by the running averages."""
-        label, given = _layers.label(self, self.path), (running.mean, running.var)
-        return normalize_array(label, x, scale, bias, features=axis, given=given, **settings)[0]
+        """The output by the running averages.
+
+        Args:
+          x: array.
+          running: the averages.
+          axis: the feature axes.
+          mask: which values would be measured.
+          dtype: of the output, where it is another than that of ``x``.
+          **given: as of `_by_batch`, but for axis_name and axis_index_groups.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        own = {"features": axis, "given": (running.mean, running.var), "dtype": dtype}
+        return normalize_array(_layers.label(self, self.path), x, **own, **given)[0]
+
+    @nn.nowrap
+    def _feature_axes(self, x: jax.Array) -> tuple[int, ...]:
+        """``axis``, none of it negative.
+
+        Args:
+          x: array.
+
+        Returns:
+          The axes.
+        """
+        return _layers.sorted_axes(_layers.label(self, self.path), "axis", self.axis, x.ndim)
 
     @nn.nowrap
     def _updated(self) -> None:
@@ -345,35 +396,40 @@ class BatchNorm(Layer, Replicated, Affine, _Averaged):
         affine: Any = None,
         **given: Any,
     ) -> jax.Array:
-        """The output; averages move. ``affine`` stands for scale and bias; the methods above get all else."""
+        """The output; averages move. ``affine`` stands for scale and bias; what normalizes gets all else."""
         use_running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
         x, label, initializing = _layers.as_input(x), _layers.label(self, self.path), self.is_initializing()
-        axis = self._features(x)
+        update = update and not initializing
+        axis = self._feature_axes(x)
         features = tuple(x.shape[a] for a in axis)
-        shape, of_affine = self._shapes(features)
+        shape, _ = self._variable_shapes(features)
         start = {"mean": jnp.zeros, "var": jnp.ones}
         if self._counts or (self.momentum is None and (update or initializing)):
             start["count"] = jnp.zeros
         averages = {name: self.variable("batch_stats", name, init, shape, jnp.float32) for name, init in start.items()}
         running = _layers.running_stats(label, {n: average.value for n, average in averages.items()}, shape, features)
-        settings, after = arguments(self, x, of_affine, trainable, affine)
-        settings |= {"axis": axis, "trainable": trainable, **given}
+        settings, after = arguments(self, x, axis, trainable, affine)
+        settings = _layers.without(label, self, settings | given)
         _layers.check_momentum(label, self.momentum)
-        by_averages = by_batch = None
+        y: Any = None
+        by_batch: Any = None
+        batch: Any = None
         if use_running:
             if not initializing:
                 _layers.warn_if_never_updated(label, running)
-            by_averages = self._by_averages(x, running, **settings)
-        if not use_running or (update and not initializing):
+            method, base = self._by_averages, BatchNorm._by_averages
+            y = _layers.in_dtype(method, base, x, running, **settings)
+        if update or not use_running:
+            method, base = self._by_batch, BatchNorm._by_batch
             replicas = _layers.replicas(self, initializing)
-            by_batch, batch = self._by_batch(x, running, **settings, **replicas)
-            if update and not initializing:
-                new = _layers.moved(running, batch, self.momentum, self.unbiased)
-                for name, average in averages.items():
-                    average.value = getattr(new, name)
-                self._updated()
-        return after(by_averages if use_running else by_batch)
+            by_batch, batch = _layers.in_dtype(method, base, x, running, **settings, **replicas)
+        if update:
+            new = _layers.moved(running, batch, self.momentum, self.unbiased)
+            for name, average in averages.items():
+                average.value = getattr(new, name)
+            self._updated()
+        return after(y if use_running else by_batch)
 
 
 class LayerNorm(Layer, Replicated, _Reduced, Affine):
@@ -421,6 +477,8 @@ class GroupNorm(Layer, Replicated, _GroupReduced, Affine, _Grouped):
 
     axis: int = -1
     """The channel axis."""
+    batched: bool = True
+    """False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others."""
 
     _reduction = staticmethod(_layers.group_axes)
 
@@ -437,6 +495,9 @@ class InstanceNorm(Layer, Replicated, _InstanceFeatures, Affine):
       >>> InstanceNorm(epsilon=0.0).init_with_output(jax.random.key(0), x)[0].tolist()
       [[[-1.0], [1.0]]]
     """
+
+    batched: bool = True
+    """False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others."""
 
     _reduction = staticmethod(_layers.instance_axes)
 

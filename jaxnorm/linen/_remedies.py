@@ -14,8 +14,9 @@ import jaxnorm
 from jaxnorm import _layers
 from jaxnorm._axes import Axes
 from jaxnorm.functional import Array
-from jaxnorm.linen._norms import Affine, BatchNorm, Layer, parameter
-from jaxnorm.variants.sequences import running_at
+from jaxnorm.linen._norms import Affine, BatchNorm, Layer
+
+OWN_ACTIVATION = ("activation", "residual", "invertible"), "the activation is part of this norm"
 
 
 class GhostBatchNorm(BatchNorm, kw_only=True):
@@ -34,10 +35,9 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     """How many consecutive examples are normalized together."""
 
     @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, **settings):
-        size = self.virtual_batch_size
-        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=size, **settings)
-        return y, _layers.of_virtual_batches(batch, x.shape[0] / size, self.unbiased)
+    def _by_batch(self, x, running, **given):
+        y, batch = jaxnorm.ghost_batch_norm(x, virtual_batch_size=self.virtual_batch_size, **given)
+        return y, _layers.of_virtual_batches(batch, x.shape[0] / self.virtual_batch_size, self.unbiased)
 
 
 class TrackedInstanceNorm(BatchNorm):
@@ -56,8 +56,8 @@ class TrackedInstanceNorm(BatchNorm):
     """
 
     @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, **settings):
-        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=1, **settings)
+    def _by_batch(self, x, running, **given):
+        y, batch = jaxnorm.ghost_batch_norm(x, virtual_batch_size=1, **given)
         return y, _layers.of_virtual_batches(batch, x.shape[0], self.unbiased)
 
 
@@ -82,10 +82,10 @@ class BatchRenorm(BatchNorm, kw_only=True):
     """Bound of d, likewise."""
 
     @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, **settings):
+    def _by_batch(self, x, running, **given):
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
         bounds = {n: b(steps.value) if callable(b) else b for n, b in (("r_max", self.r_max), ("d_max", self.d_max))}
-        return _layers.call(jaxnorm.batch_renorm, x, running, scale, bias, **bounds, **settings)
+        return jaxnorm.batch_renorm(x, running, **bounds, **given)
 
     @nn.nowrap
     def _updated(self):
@@ -138,21 +138,19 @@ class SplitBatchNorm(BatchNorm, kw_only=True):
         return self._output(x, use_running_average, mask=mask, residual=residual, domain=domain, **switches)
 
     @nn.nowrap
-    def _shapes(self, features):
+    def _variable_shapes(self, features):
         domains = (self.num_domains, *features)
         return domains, domains if self.split_affine else features
 
     @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, *, domain, **settings):
-        domains = {"num_domains": self.num_domains}
-        return _layers.call(jaxnorm.split_batch_norm, x, domain, scale, bias, **domains, **settings)
+    def _by_batch(self, x, running, *, domain, **given):
+        return jaxnorm.split_batch_norm(x, domain, num_domains=self.num_domains, **given)
 
     @nn.nowrap
-    def _by_averages(self, x, running, scale, bias, *, domain, **settings):
+    def _by_averages(self, x, running, *, domain, **given):
         if self.split_affine:
-            scale, bias = (None if v is None else v[domain] for v in (scale, bias))
-        running = jaxnorm.RunningStats(*(v[domain] for v in running))
-        return super()._by_averages(x, running, scale, bias, **settings)
+            given |= {n: None if given[n] is None else given[n][domain] for n in ("scale", "bias")}
+        return super()._by_averages(x, jaxnorm.RunningStats(*(v[domain] for v in running)), **given)
 
 
 class SwitchableNorm(BatchNorm):
@@ -172,18 +170,16 @@ class SwitchableNorm(BatchNorm):
     """
 
     @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, **settings):
-        return self._mixture(x, scale, bias, **settings)
+    def _learned(self, features):
+        return {"mean_logits": ((3,), 0.0), "var_logits": ((3,), 0.0)}
 
     @nn.nowrap
-    def _by_averages(self, x, running, scale, bias, **settings):
-        return self._mixture(x, scale, bias, running=running, **settings)[0]
+    def _by_batch(self, x, running, **given):
+        return jaxnorm.switchable_norm(x, **given)
 
     @nn.nowrap
-    def _mixture(self, x, scale, bias, **settings):
-        names = ("mean_logits", "var_logits")
-        logits = (parameter(self, name, (3,), settings["trainable"], start=0.0)[1] for name in names)
-        return _layers.call(jaxnorm.switchable_norm, x, *logits, scale, bias, **settings)
+    def _by_averages(self, x, running, **given):
+        return jaxnorm.switchable_norm(x, running=running, **given)[0]
 
 
 class EvoNormB0(BatchNorm):
@@ -197,19 +193,19 @@ class EvoNormB0(BatchNorm):
       [[-0.5], [1.0]]
     """
 
-    @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, **settings):
-        return self._evolved(x, scale, bias, **settings)
+    _lacks = OWN_ACTIVATION
 
     @nn.nowrap
-    def _by_averages(self, x, running, scale, bias, **settings):
-        return self._evolved(x, scale, bias, running=running, **settings)[0]
+    def _learned(self, features):
+        return {"v": (features, 1.0)}
 
     @nn.nowrap
-    def _evolved(self, x, scale, bias, *, axis, **settings):
-        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
-        _, v = parameter(self, "v", tuple(x.shape[a] for a in axis), settings["trainable"], start=1.0)
-        return _layers.call(jaxnorm.evonorm_b0, x, scale, bias, v, axis=axis, **settings)
+    def _by_batch(self, x, running, **given):
+        return jaxnorm.evonorm_b0(x, **given)
+
+    @nn.nowrap
+    def _by_averages(self, x, running, **given):
+        return jaxnorm.evonorm_b0(x, running=running, **given)[0]
 
 
 class SequenceBatchNorm(BatchNorm, kw_only=True):
@@ -261,36 +257,36 @@ class SequenceBatchNorm(BatchNorm, kw_only=True):
         return self._output(x, use_running_average, mask=mask, residual=residual, **switches)
 
     @nn.nowrap
-    def _shapes(self, features):
+    def _variable_shapes(self, features):
         return (self.max_length, *features), features
 
     @nn.nowrap
-    def _by_batch(self, x, running, scale, bias, *, axis, **settings):
-        label = _layers.label(self, self.path)
-        return _layers.sequence_by_batch(label, x, scale, bias, max_length=self.max_length, axis=axis, **settings)
+    def _by_batch(self, x, running, **given):
+        y, batch = jaxnorm.batch_norm(x, **_layers.of_steps(x, given))
+        return y, _layers.of_all_steps(_layers.label(self, self.path), batch, self.max_length)
 
     @nn.nowrap
-    def _by_averages(self, x, running, scale, bias, *, axis, **settings):
-        steps = running_at(running, jnp.arange(x.shape[1]))
-        scale, bias = _layers.of_steps(x, scale, bias)
-        return super()._by_averages(x, steps, scale, bias, axis=(1, *axis), **settings)
+    def _by_averages(self, x, running, **given):
+        steps = jaxnorm.running_at(running, jnp.arange(x.shape[1]))
+        return super()._by_averages(x, steps, **_layers.of_steps(x, given))
 
 
 # Of examples ---------------------------------------------------------------------------------------------------------
 
 
-class _Example(Layer, Affine, kw_only=True):
+class Example(Layer, Affine, kw_only=True):
     """A norm of examples, each by itself."""
 
     axis: Axes = -1
     """The feature axis, or several."""
 
     @nn.nowrap
-    def _features(self, x):
+    def _feature_axes(self, x):
+        """``axis``, none of it negative."""
         return _layers.sorted_axes(_layers.label(self, self.path), "axis", self.axis, x.ndim)
 
 
-class EvoNormS0(_Example, kw_only=True):
+class EvoNormS0(Example, kw_only=True):
     """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``params/v``, begun with one. Activation included.
 
     Example:
@@ -305,15 +301,18 @@ class EvoNormS0(_Example, kw_only=True):
     num_groups: int = 32
     """How many groups; divides the number of channels."""
 
+    _lacks = OWN_ACTIVATION
+
     @nn.nowrap
-    def _formula(self, x, scale, bias, *, axis, **settings):
-        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
-        _, v = parameter(self, "v", tuple(x.shape[a] for a in axis), settings["trainable"], start=1.0)
-        groups = {"axis": axis[0] if len(axis) == 1 else axis, "num_groups": self.num_groups}
-        return _layers.call(jaxnorm.evonorm_s0, x, scale, bias, v, **groups, **settings)
+    def _learned(self, features):
+        return {"v": (features, 1.0)}
+
+    @nn.nowrap
+    def _by_examples(self, x, **given):
+        return jaxnorm.evonorm_s0(x, num_groups=self.num_groups, **given)
 
 
-class FilterResponseNorm(_Example, kw_only=True):
+class FilterResponseNorm(Example, kw_only=True):
     """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``params/threshold``, begun with zero: a ReLU.
 
     Example:
@@ -324,14 +323,18 @@ class FilterResponseNorm(_Example, kw_only=True):
       [[[1.0], [0.0]]]
     """
 
+    _lacks = OWN_ACTIVATION
+
     @nn.nowrap
-    def _formula(self, x, scale, bias, *, axis, **settings):
-        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
-        _, threshold = parameter(self, "threshold", tuple(x.shape[a] for a in axis), settings["trainable"], start=0.0)
-        return _layers.call(jaxnorm.filter_response_norm, x, scale, bias, threshold, axis=axis, **settings)
+    def _learned(self, features):
+        return {"threshold": (features, 0.0)}
+
+    @nn.nowrap
+    def _by_examples(self, x, **given):
+        return jaxnorm.filter_response_norm(x, **given)
 
 
-class DynamicTanh(_Example, kw_only=True):
+class DynamicTanh(Example, kw_only=True):
     """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``params/alpha``, begun with 0.5. There is no epsilon in it.
 
     Example:
@@ -344,15 +347,18 @@ class DynamicTanh(_Example, kw_only=True):
 
     epsilon: float = 1e-5
 
+    _lacks = (*OWN_ACTIVATION[0], "mask"), "nothing is measured, and the activation is part of this norm"
+
     @nn.nowrap
-    def _formula(self, x, scale, bias, *, epsilon, mask, **settings):
-        settings = _layers.without_epilogue(_layers.label(self, self.path), settings)
-        _, alpha = parameter(self, "alpha", (), settings["trainable"], start=0.5)
-        _layers.refuse(_layers.label(self, self.path), {} if mask is None else {"mask": mask}, "nothing is measured")
-        return _layers.call(jaxnorm.dynamic_tanh, x, alpha, scale, bias, **settings)
+    def _learned(self, features):
+        return {"alpha": ((), 0.5)}
+
+    @nn.nowrap
+    def _by_examples(self, x, *, epsilon, **given):
+        return jaxnorm.dynamic_tanh(x, **given)
 
 
-class GraphNorm(_Example, kw_only=True):
+class GraphNorm(Example, kw_only=True):
     """Normalization of the nodes of each graph of a batch, with a learned part of the mean (Cai et al., 2021).
 
     ``params/mean_scale`` begins with one.
@@ -399,7 +405,9 @@ class GraphNorm(_Example, kw_only=True):
         return self._output(x, mask=mask, trainable=trainable, residual=residual, **given)
 
     @nn.nowrap
-    def _formula(self, x, scale, bias, *, axis, graph, **settings):
-        shape = tuple(x.shape[a] for a in axis)
-        _, mean_scale = parameter(self, "mean_scale", shape, settings["trainable"], start=1.0)
-        return _layers.call(jaxnorm.graph_norm, x, graph, scale, bias, mean_scale, axis=axis, **settings)
+    def _learned(self, features):
+        return {"mean_scale": (features, 1.0)}
+
+    @nn.nowrap
+    def _by_examples(self, x, **given):
+        return jaxnorm.graph_norm(x, **given)

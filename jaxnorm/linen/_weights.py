@@ -60,9 +60,12 @@ class StandardizedDense(_Standardized, nn.Dense):
 class _Wrapper(nn.Module):
     """A layer whose parameters are changed before it sees them."""
 
+    layer_instance: nn.Module
+    """The layer."""
+
     @nn.nowrap
     def _call(self, change: Any, *args: Any, mutable: bool = False, **kwargs: Any) -> Any:
-        layer: Any = getattr(self, "layer_instance")
+        layer = self.layer_instance
 
         def changed(path, value):
             name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
@@ -91,8 +94,6 @@ class WeightNorm(_Wrapper):
       (3,)
     """
 
-    layer_instance: nn.Module
-    """The layer."""
     epsilon: float = 1e-12
     """Added to the squared length."""
     dtype: Any = None
@@ -130,7 +131,8 @@ class WeightNorm(_Wrapper):
         shape = tuple(w.shape[a] for a in axis)
         scale = self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         dtype = canonicalize_dtype(w, scale, dtype=self.dtype)
-        return _layers.call(jaxnorm.weight_norm, w, scale, axis=axis, epsilon=self.epsilon, dtype=dtype)
+        settings = {"axis": axis, "epsilon": self.epsilon, "dtype": dtype}
+        return _layers.in_dtype(jaxnorm.weight_norm, None, w, scale, **settings)
 
 
 class SpectralNorm(_Wrapper):
@@ -150,8 +152,6 @@ class SpectralNorm(_Wrapper):
       1.0
     """
 
-    layer_instance: nn.Module
-    """The layer."""
     n_steps: int = 1
     """How many steps of the power iteration a call takes; none leaves the weights as they are."""
     epsilon: float = 1e-12

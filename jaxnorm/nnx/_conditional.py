@@ -10,8 +10,8 @@ from flax import nnx
 import jaxnorm
 from jaxnorm import _layers
 from jaxnorm.functional import Array
-from jaxnorm.nnx._norms import ONES, ZEROS, BatchNorm
-from jaxnorm.nnx._remedies import Example, layer
+from jaxnorm.nnx._norms import ONES, ZEROS, BatchNorm, layer, signed
+from jaxnorm.nnx._remedies import Example
 
 
 class Modulation(nnx.Module):
@@ -27,7 +27,9 @@ class Modulation(nnx.Module):
         return [1 + scale, *rest]
 
 
-def _modulate(norm: Any, rngs: nnx.Rngs, scale_init: Any, scale_metadata: Any, bias_init: Any, bias_metadata: Any) -> None:
+def _modulate(
+    norm: Any, rngs: nnx.Rngs, scale_init: Any, scale_metadata: Any, bias_init: Any, bias_metadata: Any
+) -> None:
     """Give a norm, which has no scale and no bias of its own, what computes them."""
     given = {"scale_init": scale_init} if scale_init is not ONES else {}
     given |= {"bias_init": bias_init} if bias_init is not ZEROS else {}
@@ -146,8 +148,8 @@ class ConditionalInstanceNorm(Conditional):
 
     epsilon: float = 1e-5
 
-    def _formula(self, x, scale, bias, **settings):
-        return _layers.call(jaxnorm.instance_norm, x, scale, bias, **settings)
+    def _by_examples(self, x, **given):
+        return jaxnorm.instance_norm(x, **given)
 
 
 @layer()
@@ -163,10 +165,11 @@ class ConditionalLayerNorm(Conditional):
       [[-1.0, 1.0]]
     """
 
-    def _formula(self, x, scale, bias, **settings):
-        return _layers.call(jaxnorm.layer_norm, x, scale, bias, **settings)
+    def _by_examples(self, x, **given):
+        return jaxnorm.layer_norm(x, **given)
 
 
+@signed
 class AdaLN(nnx.Module):
     """adaLN-Zero (Peebles and Xie, 2023): `ConditionalLayerNorm`, and a gate for what the block makes of its output.
 
@@ -209,9 +212,10 @@ class AdaLN(nnx.Module):
         x = jnp.asarray(x)
         x = x.astype(jnp.result_type(x, scale))
         y = jaxnorm.layer_norm(x, scale, bias, axis=self.axis, epsilon=self.epsilon)
-        return y, *_layers.along(x, self.axis, gate)
+        return y, _layers.along(x, self.axis, gate)
 
 
+@signed
 class FiLM(nnx.Module):
     """Feature-wise linear modulation (Perez et al., 2018): scale and bias from a condition, and no normalization.
 
@@ -245,10 +249,11 @@ class FiLM(nnx.Module):
           An array of the shape of ``x``.
         """
         x = jnp.asarray(x)
-        scale, bias = _layers.along(x, self.axis, *self.modulation(condition))
+        scale, bias = (_layers.along(x, self.axis, v) for v in self.modulation(condition))
         return x * scale + bias
 
 
+@signed
 class AdaIN(nnx.Module):
     """Adaptive instance normalization (Huang and Belongie, 2017): mean and deviation of a style. Nothing is learned.
 

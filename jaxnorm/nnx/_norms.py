@@ -1,11 +1,12 @@
 """The five norms of Flax, with what all layers share: fields, parameters, averages. No arithmetic."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,23 @@ Metadata = Mapping[str, Any]
 Initializer = jax.nn.initializers.Initializer
 NO_METADATA: Metadata = MappingProxyType({})
 ZEROS, ONES = zeros_init(), ones_init()
+Class = TypeVar("Class", bound=type)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
+def layer() -> Callable[[Class], Class]:
+    """A dataclass of variables: compared by identity, shown as nnx shows modules, with a signature that can be seen."""
+    return lambda cls: signed(dataclass(eq=False, repr=False, kw_only=True)(cls))
+
+
+def signed(cls: Class) -> Class:
+    """A module whose signature is that of its ``__init__``, not of what nnx makes modules by."""
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()
+    cls.__signature__ = inspect.Signature(parameters)
+    return cls
+
+
+@layer()
 class Layer(nnx.Module):
     """What all layers have."""
 
@@ -72,6 +87,7 @@ class Layer(nnx.Module):
 
     scale: nnx.Param | None = field(init=False)
     bias: nnx.Param | None = field(init=False)
+    _lacks: ClassVar[tuple[tuple[str, ...], str]] = ((), "")  # What of the above means nothing to a norm, and why.
     _reduction: ClassVar[Callable[[str, Any, tuple[int, ...]], _layers.Reduction]]
 
     def __post_init__(self, scale_init: Any, rngs: nnx.Rngs, scale_metadata: Metadata, *of_bias: Any) -> None:
@@ -81,13 +97,15 @@ class Layer(nnx.Module):
         dtype = self.param_dtype if self.dtype is None else self.dtype
         _layers.check_start(_layers.label(self), self, scale_init, self._shape, dtype)
         initial = {"scale": (scale_init, scale_metadata), "bias": of_bias or (ZEROS, NO_METADATA)}
-        _, shape = self._shapes(self._shape)
+        _, shape = self._variable_shapes(self._shape)
         for name, (init, metadata) in initial.items():
             value = nnx.data(None)
             if getattr(self, f"use_{name}", False):
                 start = init(rngs.params(), shape, self.param_dtype)
                 value = nnx.Param(start - 1 if name == "scale" and self.zero_centered_scale else start, **metadata)
             setattr(self, name, value)
+        for name, (shape, start) in self._learned(self._shape).items():
+            setattr(self, name, nnx.Param(jnp.full(shape, start, self.param_dtype)))
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -103,13 +121,6 @@ class Layer(nnx.Module):
         leading = value.shape[: value.ndim - len(self._shape)]
         return value.reshape(*leading, *shape)
 
-    def _value(self, name: str, trainable: bool | None) -> Any:
-        """A parameter as it is stored: a constant to differentiation where it does not train."""
-        stored = getattr(self, name, None)
-        if stored is None:
-            return None
-        return _layers.constant_unless(_layers.first_given(trainable, self.trainable), stored[...])
-
     def _arguments(
         self,
         x: jax.Array,
@@ -118,25 +129,29 @@ class Layer(nnx.Module):
         *between: jax.Array,
         affine: tuple[Any, Any] | None = None,
     ) -> tuple[jax.Array, dict[str, Any], Function]:
-        """The input and what the engine is told by every layer, as ``promote_dtype`` gives it; the module that follows.
+        """The input; what a formula is told by every layer, as ``promote_dtype`` gives it; the module that follows.
 
         ``affine`` stands for scale and bias.
         """
-        shape = tuple(x.shape[a] for a in axis)
-        names = ["scale", "bias"] if hasattr(self, "use_bias") else ["scale"]
-        parameters = [self._value(name, trainable) for name in names]
+        features, trains = tuple(x.shape[a] for a in axis), _layers.first_given(trainable, self.trainable)
+        used = {"scale": self.scale, "bias": self.bias} | {
+            name: getattr(self, name) for name in self._learned(features)
+        }
+        used = {n: None if v is None else _layers.constant_unless(trains, v[...]) for n, v in used.items()}
         if affine is not None:
-            parameters = list(_layers.constant_unless(_layers.first_given(trainable, self.trainable), affine))
-        x, *promoted = self.promote_dtype((x, *between, *parameters), dtype=self.dtype)
+            used |= dict(zip(("scale", "bias"), _layers.constant_unless(trains, affine), strict=True))
+        names = ["scale", "bias"] if hasattr(self, "use_bias") else ["scale"]
+        x, *promoted = self.promote_dtype((x, *between, *(used[name] for name in names)), dtype=self.dtype)
         scale, bias, *_ = (*promoted[len(between) :], None)
-        activation, after = _layers.epilogue(self, nnx.Module)
-        settings = {"epsilon": self.epsilon, "activation": activation, "invertible": self.invertible}
-        settings |= {"dtype": dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)}
+        dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         if affine is None:
-            scale, bias = self._fit(scale, shape), self._fit(bias, shape)
+            scale, bias = self._fit(scale, features), self._fit(bias, features)
         if self.zero_centered_scale and scale is not None:
             scale = 1 + scale.astype(_axes.statistics_dtype(scale.dtype))
-        return _layers.as_input(x), settings | {"scale": scale, "bias": bias}, after
+        used |= {"scale": scale, "bias": bias}
+        activation, after = _layers.epilogue(self, nnx.Module)
+        given = {"axis": axis, "epsilon": self.epsilon, "activation": activation, "invertible": self.invertible}
+        return _layers.as_input(x), used | given | {"dtype": dtype}, after
 
     def __call__(
         self, x: jax.Array, *, mask: Array | None = None, trainable: bool | None = None, residual: Array | None = None
@@ -167,29 +182,64 @@ class Layer(nnx.Module):
         """
         return self._output(x, mask=mask, trainable=trainable, residual=residual)
 
-    # What other norms override -------------------------------------------------------------------------------------
+    # What other norms override: with an underscore, for `nnx.tabulate` takes other methods for calls of the module. --
 
-    def _shapes(self, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of the averages, if there are any, and of scale and bias."""
-        return features, features
+    def _by_examples(self, x: jax.Array, *, axis: tuple[int, ...], dtype: Any = None, **given: Any) -> jax.Array:
+        """The output, of the shape and the dtype of ``x``.
 
-    def _features(self, x: jax.Array) -> tuple[int, ...]:
-        """The axes of scale and bias."""
+        Args:
+          x: array.
+          axis: the feature axes.
+          dtype: of the output, where it is another.
+          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what the
+            call of the layer passes on.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        label = _layers.label(self)
+        given |= self._reduction(label, self, x.shape)._asdict() | _layers.replicas(self, False)
+        return normalize_array(label, x, dtype=dtype, warn=_layers.warn, **given)[0]
+
+    def _feature_axes(self, x: jax.Array) -> tuple[int, ...]:
+        """The axes of scale and bias.
+
+        Args:
+          x: array.
+
+        Returns:
+          Axes, none of them negative.
+        """
         return self._reduction(_layers.label(self), self, jnp.shape(x)).features
 
-    def _formula(
-        self, x: jax.Array, scale: Any, bias: Any, *, axis: tuple[int, ...], trainable: bool | None, **settings: Any
-    ) -> jax.Array:
-        """The output of ``x``, in the dtype that is given."""
-        label = _layers.label(self)
-        settings |= self._reduction(label, self, x.shape)._asdict() | _layers.replicas(self, False)
-        return normalize_array(label, x, scale, bias, warn=_layers.warn, **settings)[0]
+    def _variable_shapes(self, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the running averages, if there are any, and of scale and bias.
+
+        Args:
+          features: the shape of the feature axes.
+
+        Returns:
+          Both shapes, which end in ``features``.
+        """
+        return features, features
+
+    def _learned(self, features: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], float]]:
+        """What is learned besides scale and bias: by name, its shape and where it starts.
+
+        Args:
+          features: the shape of the feature axes.
+
+        Returns:
+          A dictionary; what normalizes gets the values by these names.
+        """
+        return {}
 
     def _output(self, x: jax.Array, *, trainable: bool | None, affine: Any = None, **given: Any) -> jax.Array:
         """The output; ``affine`` stands for scale and bias, and the formula gets all else that is given."""
-        axis = self._features(x)
-        x, settings, after = self._arguments(jnp.asarray(x), axis, trainable, affine=affine)
-        return after(self._formula(x, axis=axis, trainable=trainable, **settings, **given))
+        x = jnp.asarray(x)
+        x, settings, after = self._arguments(x, self._feature_axes(x), trainable, affine=affine)
+        settings = _layers.without(_layers.label(self), self, settings | given)
+        return after(_layers.in_dtype(self._by_examples, Layer._by_examples, x, **settings))
 
     def set_view(self, trainable: bool | None = None) -> None:
         """Used by ``nnx.view``.
@@ -201,7 +251,7 @@ class Layer(nnx.Module):
             self.trainable = trainable
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@layer()
 class Affine(Layer):
     use_bias: bool = True
     """Whether there is a bias."""
@@ -211,7 +261,7 @@ class Affine(Layer):
     """Metadata of the bias."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@layer()
 class BatchNorm(Affine):
     """Batch normalization (Ioffe and Szegedy, 2015), in place of ``flax.nnx.BatchNorm``.
 
@@ -251,7 +301,7 @@ class BatchNorm(Affine):
     def __post_init__(self, *initial: Any) -> None:
         """Make scale, bias and averages."""
         super().__post_init__(*initial)
-        shape, _ = self._shapes(self._shape)
+        shape, _ = self._variable_shapes(self._shape)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
         if self._counts or self.momentum is None:
@@ -303,39 +353,54 @@ class BatchNorm(Affine):
 
     _counts: ClassVar[bool] = False  # Whether the averages have a count whatever the momentum.
 
-    def _features(self, x: jax.Array) -> tuple[int, ...]:
-        return _layers.sorted_axes(_layers.label(self), "axis", self.axis, jnp.ndim(x))
-
     def _by_batch(
-        self,
-        x: jax.Array,
-        running: RunningStats,
-        scale: Any,
-        bias: Any,
-        *,
-        axis: tuple[int, ...],
-        trainable: bool | None,
-        **settings: Any,
+        self, x: jax.Array, running: RunningStats, *, axis: tuple[int, ...], dtype: Any = None, **given: Any
     ) -> tuple[jax.Array, Moments]:
-        """The output by the statistics of the batch; and those, which the averages take."""
-        own = {"features": axis, "axes": _axes.others(axis, x), "kept": axis, "near": running.mean}
-        return normalize_array(_layers.label(self), x, scale, bias, warn=_layers.warn, **own, **settings)
+        """The output by the statistics of the batch; and those, which the running averages take.
+
+        Args:
+          x: array.
+          running: the averages before.
+          axis: the feature axes.
+          dtype: of the output, where it is another than that of ``x``.
+          **given: scale and bias, what else is `_learned`, epsilon, mask, axis_name, axis_index_groups, residual,
+            activation, invertible; and what the call of the layer passes on.
+
+        Returns:
+          ``(y, batch)``: an array of the shape of ``x``, and `jaxnorm.Moments` of the shape of the averages.
+        """
+        own = {"features": axis, "axes": _axes.others(axis, x), "kept": axis, "near": running.mean, "dtype": dtype}
+        return normalize_array(_layers.label(self), x, warn=_layers.warn, **own, **given)
 
     def _by_averages(
-        self,
-        x: jax.Array,
-        running: RunningStats,
-        scale: Any,
-        bias: Any,
-        *,
-        axis: tuple[int, ...],
-        mask: Any,
-        trainable: bool | None,
-        **settings: Any,
+        self, x: jax.Array, running: RunningStats, *, axis: tuple[int, ...], mask: Any, dtype: Any = None, **given: Any
     ) -> jax.Array:
-        """The output by the running averages."""
-        given = (running.mean, running.var)
-        return normalize_array(_layers.label(self), x, scale, bias, features=axis, given=given, **settings)[0]
+        """The output by the running averages.
+
+        Args:
+          x: array.
+          running: the averages.
+          axis: the feature axes.
+          mask: which values would be measured.
+          dtype: of the output, where it is another than that of ``x``.
+          **given: as of `_by_batch`, but for axis_name and axis_index_groups.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        own = {"features": axis, "given": (running.mean, running.var), "dtype": dtype}
+        return normalize_array(_layers.label(self), x, **own, **given)[0]
+
+    def _feature_axes(self, x: jax.Array) -> tuple[int, ...]:
+        """``axis``, none of it negative.
+
+        Args:
+          x: array.
+
+        Returns:
+          The axes.
+        """
+        return _layers.sorted_axes(_layers.label(self), "axis", self.axis, jnp.ndim(x))
 
     def _updated(self) -> None:
         """The averages have moved."""
@@ -350,37 +415,41 @@ class BatchNorm(Affine):
         affine: Any = None,
         **given: Any,
     ) -> jax.Array:
-        """The output; averages move. ``affine`` stands for scale and bias; the methods above get all else."""
+        """The output; averages move. ``affine`` stands for scale and bias; what normalizes gets all else."""
         label, use_running = _layers.label(self), _layers.first_given(use_running_average, self.use_running_average)
         if use_running is None:
             _layers.fail(label, "use_running_average must be given at construction or in the call", {"given": None})
         update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
-        axis = self._features(x)
+        x = jnp.asarray(x)
+        axis, between = self._feature_axes(x), (self.mean[...], self.var[...])
         averages = {name: getattr(self, name) for name in ("mean", "var", "count") if hasattr(self, name)}
-        x, settings, after = self._arguments(
-            jnp.asarray(x), axis, trainable, self.mean[...], self.var[...], affine=affine
-        )
+        x, settings, after = self._arguments(x, axis, trainable, *between, affine=affine)
+        settings = _layers.without(label, self, settings | given)
         features = tuple(x.shape[a] for a in axis)
-        shape, _ = self._shapes(features)
         stored = {name: self._fit(average[...], features) for name, average in averages.items()}
-        running = _layers.running_stats(label, stored, shape, features)
-        settings |= {"axis": axis, "trainable": trainable, **given}
+        running = _layers.running_stats(label, stored, self._variable_shapes(features)[0], features)
         _layers.check_momentum(label, self.momentum)
-        by_averages = by_batch = None
+        y: Any = None
+        by_batch: Any = None
+        batch: Any = None
         if use_running:
             _layers.warn_if_never_updated(label, running)
-            by_averages = self._by_averages(x, running, **settings)
+            method, base = self._by_averages, BatchNorm._by_averages
+            y = _layers.in_dtype(method, base, x, running, **settings)
         if update or not use_running:
-            by_batch, batch = self._by_batch(x, running, **settings, **_layers.replicas(self, False))
-            if update:
-                new = _layers.moved(running, batch, self.momentum, self.unbiased)
-                for name, average in averages.items():
-                    # In its own type, as in Flax, but for what no real number holds; whole: its sharding may change.
-                    value = getattr(new, name)
-                    dtype = value.dtype if jnp.iscomplexobj(value) else average[...].dtype
-                    average.set_value(value.reshape(self._shapes(self._shape)[0]).astype(dtype))
-                self._updated()
-        return after(by_averages if use_running else by_batch)
+            method, base = self._by_batch, BatchNorm._by_batch
+            replicas = _layers.replicas(self, False)
+            by_batch, batch = _layers.in_dtype(method, base, x, running, **settings, **replicas)
+        if update:
+            new = _layers.moved(running, batch, self.momentum, self.unbiased)
+            shape, _ = self._variable_shapes(self._shape)
+            for name, average in averages.items():
+                # In its own type, as in Flax, but for what no real number holds; whole, since its sharding may change.
+                value = getattr(new, name)
+                dtype = value.dtype if jnp.iscomplexobj(value) else average[...].dtype
+                average.set_value(value.reshape(shape).astype(dtype))
+            self._updated()
+        return after(y if use_running else by_batch)
 
     def set_view(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -402,7 +471,7 @@ class BatchNorm(Affine):
             self.update_running_average = update_running_average
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@layer()
 class LayerNorm(Affine):
     """Layer normalization (Ba, Kiros and Hinton, 2016), in place of ``flax.nnx.LayerNorm``.
 
@@ -424,7 +493,7 @@ class LayerNorm(Affine):
     _reduction = staticmethod(_layers.given_axes)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@layer()
 class RMSNorm(Layer):
     """Root mean square normalization (Zhang and Sennrich, 2019), in place of ``flax.nnx.RMSNorm``.
 
@@ -463,7 +532,7 @@ class RMSNorm(Layer):
         return super().__call__(x, mask=mask, trainable=trainable, residual=residual)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@layer()
 class GroupNorm(Affine):
     """Group normalization (Wu and He, 2018), in place of ``flax.nnx.GroupNorm``.
 
@@ -486,6 +555,8 @@ class GroupNorm(Affine):
     """Axes that share their statistics, that of the channels included; None for all but the first."""
     axis: int = -1
     """The channel axis."""
+    batched: bool = True
+    """False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others."""
 
     _reduction = staticmethod(partial(_layers.group_axes, counted=True))
 
@@ -497,7 +568,7 @@ class GroupNorm(Affine):
         self.group_size = channels // self.num_groups
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@layer()
 class InstanceNorm(Affine):
     """Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016), in place of ``flax.nnx.InstanceNorm``.
 
@@ -513,6 +584,9 @@ class InstanceNorm(Affine):
 
     feature_axes: Axes = -1
     """Axis or axes that keep statistics of their own, and of scale and bias; not the first, the batch."""
+
+    batched: bool = True
+    """False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others."""
 
     _reduction = staticmethod(_layers.instance_axes)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm import _layers
-from jaxnorm.functional import Array
-from jaxnorm.nnx._norms import BatchNorm, Initializer
-from jaxnorm.nnx._remedies import layer
+from jaxnorm._axes import AxisNames
+from jaxnorm.functional import Array, Groups
+from jaxnorm.nnx._norms import BatchNorm, Initializer, layer, signed
 from jaxnorm.variants.sequences import extend_steps
 
 SMALL = jax.nn.initializers.constant(0.1)
@@ -45,6 +45,7 @@ class StepBatchNorm(BatchNorm):
                 setattr(self, name, nnx.BatchStat(jnp.broadcast_to(value, (self.steps, *value.shape))))
 
 
+@signed
 class BatchNormLSTMCell(nnx.Module):
     """An LSTM cell with recurrent batch normalization (Cooijmans et al., "Recurrent Batch Normalization", ICLR 2017).
 
@@ -54,8 +55,8 @@ class BatchNormLSTMCell(nnx.Module):
       in_features: the size of the input.
       features: the size of the state.
       steps: how many steps there are.
+      use_running_average, momentum, axis_name, axis_index_groups: of the norms, as of `BatchNorm`.
       rngs: keys for the initializers.
-      settings: of the norms: use_running_average, momentum, axis_name, axis_index_groups.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,7 +70,20 @@ class BatchNormLSTMCell(nnx.Module):
       ((3, 5, 4), (5, 4))
     """
 
-    def __init__(self, in_features: int, features: int, *, steps: int, rngs: nnx.Rngs, **settings: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        steps: int,
+        use_running_average: bool | None = False,
+        momentum: float | None = 0.99,
+        axis_name: AxisNames | None = None,
+        axis_index_groups: Groups | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        settings: dict[str, Any] = {"use_running_average": use_running_average, "momentum": momentum}
+        settings |= {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
         orthogonal = nnx.initializers.orthogonal()
         self.dense_h = nnx.Linear(features, 4 * features, use_bias=False, kernel_init=orthogonal, rngs=rngs)
         self.dense_x = nnx.Linear(in_features, 4 * features, use_bias=False, rngs=rngs)

@@ -4,8 +4,7 @@ Each paper is named in full with the function that a layer wraps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import field
 from typing import Any
 
 import jax
@@ -16,15 +15,9 @@ import jaxnorm
 from jaxnorm import _layers
 from jaxnorm._axes import Axes
 from jaxnorm.functional import Array
-from jaxnorm.nnx._norms import Affine, BatchNorm
-from jaxnorm.variants.sequences import running_at
+from jaxnorm.nnx._norms import Affine, BatchNorm, layer
 
-layer = partial(dataclass, eq=False, repr=False, kw_only=True)
-
-
-def learned(norm: Affine, shape: tuple[int, ...], start: float) -> nnx.Param:
-    """What a layer learns besides scale and bias, begun with one number."""
-    return nnx.Param(jnp.full(shape, start, norm.param_dtype))
+OWN_ACTIVATION = ("activation", "residual", "invertible"), "the activation is part of this norm"
 
 
 @layer()
@@ -43,10 +36,9 @@ class GhostBatchNorm(BatchNorm):
     virtual_batch_size: int
     """How many consecutive examples are normalized together."""
 
-    def _by_batch(self, x, running, scale, bias, **settings):
-        size = self.virtual_batch_size
-        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=size, **settings)
-        return y, _layers.of_virtual_batches(batch, x.shape[0] / size, self.unbiased)
+    def _by_batch(self, x, running, **given):
+        y, batch = jaxnorm.ghost_batch_norm(x, virtual_batch_size=self.virtual_batch_size, **given)
+        return y, _layers.of_virtual_batches(batch, x.shape[0] / self.virtual_batch_size, self.unbiased)
 
 
 @layer()
@@ -65,8 +57,8 @@ class TrackedInstanceNorm(BatchNorm):
       ([[[-1.0], [1.0]]], [2.0])
     """
 
-    def _by_batch(self, x, running, scale, bias, **settings):
-        y, batch = _layers.call(jaxnorm.ghost_batch_norm, x, scale, bias, virtual_batch_size=1, **settings)
+    def _by_batch(self, x, running, **given):
+        y, batch = jaxnorm.ghost_batch_norm(x, virtual_batch_size=1, **given)
         return y, _layers.of_virtual_batches(batch, x.shape[0], self.unbiased)
 
 
@@ -95,10 +87,10 @@ class BatchRenorm(BatchNorm):
         super().__post_init__(*initial)
         self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def _by_batch(self, x, running, scale, bias, **settings):
+    def _by_batch(self, x, running, **given):
         steps = self.steps[...]
         bounds = {n: b(steps) if callable(b) else b for n, b in (("r_max", self.r_max), ("d_max", self.d_max))}
-        return _layers.call(jaxnorm.batch_renorm, x, running, scale, bias, **bounds, **settings)
+        return jaxnorm.batch_renorm(x, running, **bounds, **given)
 
     def _updated(self):
         self.steps[...] += 1
@@ -124,11 +116,6 @@ class SplitBatchNorm(BatchNorm):
     """Whether every domain has a scale and a bias of its own."""
 
     domain: Any = field(init=False)
-
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.domain = nnx.data(None)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -179,19 +166,22 @@ class SplitBatchNorm(BatchNorm):
         if domain is not None:
             self.domain = jnp.asarray(domain)
 
-    def _shapes(self, features):
+    def __post_init__(self, *initial: Any) -> None:
+        """Make the variables."""
+        super().__post_init__(*initial)
+        self.domain = nnx.data(None)
+
+    def _variable_shapes(self, features):
         domains = (self.num_domains, *features)
         return domains, domains if self.split_affine else features
 
-    def _by_batch(self, x, running, scale, bias, *, domain, **settings):
-        domains = {"num_domains": self.num_domains}
-        return _layers.call(jaxnorm.split_batch_norm, x, domain, scale, bias, **domains, **settings)
+    def _by_batch(self, x, running, *, domain, **given):
+        return jaxnorm.split_batch_norm(x, domain, num_domains=self.num_domains, **given)
 
-    def _by_averages(self, x, running, scale, bias, *, domain, **settings):
+    def _by_averages(self, x, running, *, domain, **given):
         if self.split_affine:
-            scale, bias = (None if v is None else v[domain] for v in (scale, bias))
-        running = jaxnorm.RunningStats(*(v[domain] for v in running))
-        return super()._by_averages(x, running, scale, bias, **settings)
+            given |= {n: None if given[n] is None else given[n][domain] for n in ("scale", "bias")}
+        return super()._by_averages(x, jaxnorm.RunningStats(*(v[domain] for v in running)), **given)
 
 
 @layer()
@@ -212,20 +202,14 @@ class SwitchableNorm(BatchNorm):
     mean_logits: nnx.Param = field(init=False)
     var_logits: nnx.Param = field(init=False)
 
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.mean_logits, self.var_logits = learned(self, (3,), 0.0), learned(self, (3,), 0.0)
+    def _learned(self, features):
+        return {"mean_logits": ((3,), 0.0), "var_logits": ((3,), 0.0)}
 
-    def _by_batch(self, x, running, scale, bias, **settings):
-        return self._mixture(x, scale, bias, **settings)
+    def _by_batch(self, x, running, **given):
+        return jaxnorm.switchable_norm(x, **given)
 
-    def _by_averages(self, x, running, scale, bias, **settings):
-        return self._mixture(x, scale, bias, running=running, **settings)[0]
-
-    def _mixture(self, x, scale, bias, **settings):
-        logits = (self._value(name, settings["trainable"]) for name in ("mean_logits", "var_logits"))
-        return _layers.call(jaxnorm.switchable_norm, x, *logits, scale, bias, **settings)
+    def _by_averages(self, x, running, **given):
+        return jaxnorm.switchable_norm(x, running=running, **given)[0]
 
 
 @layer()
@@ -243,20 +227,16 @@ class EvoNormB0(BatchNorm):
 
     v: nnx.Param = field(init=False)
 
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.v = learned(self, self._shape, 1.0)
+    _lacks = OWN_ACTIVATION
 
-    def _by_batch(self, x, running, scale, bias, **settings):
-        return self._evolved(x, scale, bias, **settings)
+    def _learned(self, features):
+        return {"v": (features, 1.0)}
 
-    def _by_averages(self, x, running, scale, bias, **settings):
-        return self._evolved(x, scale, bias, running=running, **settings)[0]
+    def _by_batch(self, x, running, **given):
+        return jaxnorm.evonorm_b0(x, **given)
 
-    def _evolved(self, x, scale, bias, **settings):
-        settings = _layers.without_epilogue(_layers.label(self), settings)
-        return _layers.call(jaxnorm.evonorm_b0, x, scale, bias, self._value("v", settings["trainable"]), **settings)
+    def _by_averages(self, x, running, **given):
+        return jaxnorm.evonorm_b0(x, running=running, **given)[0]
 
 
 @layer()
@@ -307,17 +287,16 @@ class SequenceBatchNorm(BatchNorm):
         switches = {"update_running_average": update_running_average, "trainable": trainable}
         return self._output(x, use_running_average, mask=mask, residual=residual, **switches)
 
-    def _shapes(self, features):
+    def _variable_shapes(self, features):
         return (self.max_length, *features), features
 
-    def _by_batch(self, x, running, scale, bias, *, axis, **settings):
-        length = {"max_length": self.max_length}
-        return _layers.sequence_by_batch(_layers.label(self), x, scale, bias, **length, axis=axis, **settings)
+    def _by_batch(self, x, running, **given):
+        y, batch = jaxnorm.batch_norm(x, **_layers.of_steps(x, given))
+        return y, _layers.of_all_steps(_layers.label(self), batch, self.max_length)
 
-    def _by_averages(self, x, running, scale, bias, *, axis, **settings):
-        steps = running_at(running, jnp.arange(x.shape[1]))
-        scale, bias = _layers.of_steps(x, scale, bias)
-        return super()._by_averages(x, steps, scale, bias, axis=(1, *axis), **settings)
+    def _by_averages(self, x, running, **given):
+        steps = jaxnorm.running_at(running, jnp.arange(x.shape[1]))
+        return super()._by_averages(x, steps, **_layers.of_steps(x, given))
 
 
 # Of examples ---------------------------------------------------------------------------------------------------------
@@ -330,7 +309,8 @@ class Example(Affine):
     axis: Axes = -1
     """The feature axis, or several."""
 
-    def _features(self, x):
+    def _feature_axes(self, x):
+        """``axis``, none of it negative."""
         return _layers.sorted_axes(_layers.label(self), "axis", self.axis, jnp.ndim(x))
 
 
@@ -353,16 +333,13 @@ class EvoNormS0(Example):
 
     v: nnx.Param = field(init=False)
 
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.v = learned(self, self._shape, 1.0)
+    _lacks = OWN_ACTIVATION
 
-    def _formula(self, x, scale, bias, *, axis, **settings):
-        settings = _layers.without_epilogue(_layers.label(self), settings)
-        groups = {"axis": axis[0] if len(axis) == 1 else axis, "num_groups": self.num_groups}
-        v = self._value("v", settings["trainable"])
-        return _layers.call(jaxnorm.evonorm_s0, x, scale, bias, v, **groups, **settings)
+    def _learned(self, features):
+        return {"v": (features, 1.0)}
+
+    def _by_examples(self, x, **given):
+        return jaxnorm.evonorm_s0(x, num_groups=self.num_groups, **given)
 
 
 @layer()
@@ -380,15 +357,13 @@ class FilterResponseNorm(Example):
 
     threshold: nnx.Param = field(init=False)
 
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.threshold = learned(self, self._shape, 0.0)
+    _lacks = OWN_ACTIVATION
 
-    def _formula(self, x, scale, bias, **settings):
-        settings = _layers.without_epilogue(_layers.label(self), settings)
-        threshold = self._value("threshold", settings["trainable"])
-        return _layers.call(jaxnorm.filter_response_norm, x, scale, bias, threshold, **settings)
+    def _learned(self, features):
+        return {"threshold": (features, 0.0)}
+
+    def _by_examples(self, x, **given):
+        return jaxnorm.filter_response_norm(x, **given)
 
 
 @layer()
@@ -408,16 +383,13 @@ class DynamicTanh(Example):
 
     alpha: nnx.Param = field(init=False)
 
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.alpha = learned(self, (), 0.5)
+    _lacks = (*OWN_ACTIVATION[0], "mask"), "nothing is measured, and the activation is part of this norm"
 
-    def _formula(self, x, scale, bias, *, epsilon, mask, **settings):
-        settings = _layers.without_epilogue(_layers.label(self), settings)
-        _layers.refuse(_layers.label(self), {} if mask is None else {"mask": mask}, "nothing is measured")
-        alpha = self._value("alpha", settings["trainable"])
-        return _layers.call(jaxnorm.dynamic_tanh, x, alpha, scale, bias, **settings)
+    def _learned(self, features):
+        return {"alpha": ((), 0.5)}
+
+    def _by_examples(self, x, *, epsilon, **given):
+        return jaxnorm.dynamic_tanh(x, **given)
 
 
 @layer()
@@ -440,11 +412,6 @@ class GraphNorm(Example):
     """How many graphs there are, those of the padding included; or given in the call."""
 
     mean_scale: nnx.Param = field(init=False)
-
-    def __post_init__(self, *initial: Any) -> None:
-        """Make the variables."""
-        super().__post_init__(*initial)
-        self.mean_scale = learned(self, self._shape, 1.0)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -474,6 +441,8 @@ class GraphNorm(Example):
         given = {"graph": graph, "num_graphs": _layers.first_given(num_graphs, self.num_graphs)}
         return self._output(x, mask=mask, trainable=trainable, residual=residual, **given)
 
-    def _formula(self, x, scale, bias, *, graph, **settings):
-        mean_scale = self._value("mean_scale", settings["trainable"])
-        return _layers.call(jaxnorm.graph_norm, x, graph, scale, bias, mean_scale, **settings)
+    def _learned(self, features):
+        return {"mean_scale": (features, 1.0)}
+
+    def _by_examples(self, x, **given):
+        return jaxnorm.graph_norm(x, **given)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,29 @@ from flax.nnx.nn import dtypes
 import jaxnorm
 from jaxnorm import _layers
 from jaxnorm._axes import Axes
-from jaxnorm.nnx._norms import ONES, Initializer
+from jaxnorm.nnx._norms import ONES, Initializer, signed
 from jaxnorm.variants.weights import iterate
+
+P = ParamSpec("P")
+
+
+def _with_gain(init: Callable[P, None]) -> Callable[P, None]:
+    """The ``__init__`` of a layer whose kernel is standardized before it is used, where its arguments are promoted."""
+
+    @wraps(init)
+    def make(*args: P.args, **kwargs: P.kwargs) -> None:
+        init(*args, **kwargs)
+        layer: Any = args[0]
+        layer.promoted = layer.promote_dtype
+        del layer.promote_dtype  # of the instance: that of the class follows
+        layer.gain = nnx.Param(jnp.ones(layer.kernel.shape[-1:], layer.kernel.dtype))
+
+    return make
 
 
 class _Standardized:
-    """A layer whose kernel is standardized before it is used, where its arguments are promoted."""
-
-    kernel: Any
     gain: Any
-
-    def __init__(self, *args: Any, promote_dtype: Callable[..., Any] = dtypes.promote_dtype, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        del self.promote_dtype  # of the instance: that of the class follows
-        self.promoted = promote_dtype
-        self.gain = nnx.Param(jnp.ones(self.kernel.shape[-1:], self.kernel.dtype))
+    promoted: Any
 
     def promote_dtype(self, arguments: Any, *, dtype: Any) -> Any:
         """Standardize the kernel, then promote the dtypes of input, kernel and bias."""
@@ -36,6 +45,7 @@ class _Standardized:
         return self.promoted((x, jaxnorm.standardize_weights(kernel, gain), bias), dtype=dtype)
 
 
+@signed
 class StandardizedConv(_Standardized, nnx.Conv):
     """``nnx.Conv`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``.
 
@@ -50,7 +60,10 @@ class StandardizedConv(_Standardized, nnx.Conv):
       True
     """
 
+    __init__ = _with_gain(nnx.Conv.__init__)
 
+
+@signed
 class StandardizedLinear(_Standardized, nnx.Linear):
     """``nnx.Linear`` with scaled weight standardization (Qiao et al., 2019; Brock et al., 2021) and ``gain``.
 
@@ -64,6 +77,8 @@ class StandardizedLinear(_Standardized, nnx.Linear):
       >>> bool(jnp.allclose(layer(jnp.ones((1, 5))), 0, atol=1e-6))  # the weights of an output sum to zero
       True
     """
+
+    __init__ = _with_gain(nnx.Linear.__init__)
 
 
 @contextmanager
@@ -80,6 +95,7 @@ def _changed(layer: nnx.Module, change: Callable[[tuple[Any, ...], jax.Array], j
             variable.set_value(value)
 
 
+@signed
 class WeightNorm(nnx.Module):
     """A layer whose weights have a length that is learned (Salimans and Kingma, 2016): `jaxnorm.weight_norm`.
 
@@ -154,18 +170,19 @@ class WeightNorm(nnx.Module):
         def normalized(path, w):
             if not self.variable_filter(path, variables[path]):
                 return w
-            if self.use_scale and path not in self.scales:
+            if self.scales is not None and path not in self.scales:
                 rule = "the layer must keep the parameters that it was wrapped with"
                 _layers.fail("WeightNorm", rule, {"new": "/".join(map(str, path))})
-            scale = self.scales[path][...] if self.use_scale else None
+            scale = self.scales[path][...] if self.scales is not None else None
             dtype = dtypes.canonicalize_dtype(w, scale, dtype=self.dtype)
             settings = {"axis": self._axis(w.ndim), "epsilon": self.epsilon, "dtype": dtype}
-            return _layers.call(jaxnorm.weight_norm, w, scale, **settings)
+            return _layers.in_dtype(jaxnorm.weight_norm, None, w, scale, **settings)
 
         with _changed(self.layer_instance, normalized):
             return self.layer_instance(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
 
+@signed
 class SpectralNorm(nnx.Module):
     """A layer whose weights have a largest singular value of one (Miyato et al., 2018): `jaxnorm.spectral_norm`.
 

@@ -11,6 +11,8 @@ from flax import nnx
 
 from jaxnorm import linen as our_linen
 from jaxnorm import nnx as our_nnx
+from jaxnorm.linen import _norms as our_linen_norms
+from jaxnorm.nnx import _norms as our_nnx_norms
 
 Where = str | Callable[[str], bool] | None
 """Which norms: a regular expression that matches the whole path, a function of it, or None for all."""
@@ -18,9 +20,10 @@ Where = str | Callable[[str], bool] | None
 NAMES = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 FLAX_LINEN = {getattr(nn, name): getattr(our_linen, name) for name in NAMES}
 FLAX_NNX = {getattr(nnx, name): getattr(our_nnx, name) for name in NAMES}
-LINEN: Any = (*FLAX_LINEN, *FLAX_LINEN.values())
-OUR_NNX: Any = tuple(FLAX_NNX.values())
-NNX: Any = (*FLAX_NNX, *FLAX_NNX.values())
+OUR_LINEN: Any = our_linen_norms.Layer
+OUR_NNX: Any = our_nnx_norms.Layer
+LINEN: Any = (*FLAX_LINEN, OUR_LINEN)
+NNX: Any = (*FLAX_NNX, OUR_NNX)
 BATCH_NORMS: Any = (nn.BatchNorm, our_linen.BatchNorm, nnx.BatchNorm, our_nnx.BatchNorm)
 
 

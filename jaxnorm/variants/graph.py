@@ -10,7 +10,7 @@ from jaxnorm._axes import Axes
 from jaxnorm._epilogue import Activation, Formula
 from jaxnorm._moments import Statistics, merge
 from jaxnorm.functional import Array, normalize_array
-from jaxnorm.variants._examples import check_examples, check_labels
+from jaxnorm.variants._examples import check_examples, check_labels, shared_by_label
 
 
 def graph_norm(
@@ -108,11 +108,7 @@ class Graphs(Formula):
     def __call__(self, nodes: Statistics, graph: jax.Array, mean_scale: jax.Array | None) -> Statistics:
         """The mean that is subtracted, and the mean square of what is left, of the graph of each node."""
 
-        def over_graphs(*values):
-            totals = (jax.ops.segment_sum(v, graph, self.num_graphs) for v in values)
-            return tuple(t[graph] for t in totals)
-
-        own = merge(nodes, over_graphs)
+        own = merge(nodes, lambda *values: tuple(shared_by_label(v, graph, self.num_graphs) for v in values))
         if mean_scale is None:
             return own
         kept = (1 - _axes.laid_out(mean_scale, self.features, own.var)) * (own.center + own.offset)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes, AxisNames

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxnorm import _axes
 from jaxnorm._axes import Axes
+from jaxnorm._xla import sum_over
 from jaxnorm.functional import Array, normalize_array
 
 
@@ -114,8 +115,8 @@ def spectral_norm(
       epsilon: added to squared lengths.
 
     Returns:
-      ``(w, u)``: the weights to use, in the shape and dtype of ``w``; and the new state, in the shape of ``u``, which is
-      kept in training and thrown away at inference.
+      ``(w, u)``: the weights to use, in the shape and dtype of ``w``; and the new state, in the shape of ``u``. Keep it
+      in training, throw it away at inference.
 
     Raises:
       TypeError: an integer or complex array, or an argument of the wrong type.
@@ -141,28 +142,26 @@ def spectral_norm(
         _axes.fail(function, f"u must hold one number an output, {size}", {"shape": u.shape})
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         _axes.fail(function, "steps must be a positive integer", {"steps": steps})
-    w, u, _ = iterate(w, u, outputs, steps, _axes.check_epsilon(function, epsilon))
-    return w, u
+    normal, new, _ = iterate(w, u, outputs, steps, _axes.check_epsilon(function, epsilon))
+    return normal, new
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def iterate(w: jax.Array, u: jax.Array, outputs: tuple[int, ...], steps: int, epsilon: Any) -> tuple[jax.Array, ...]:
     """The weights, the state after so many steps, and the singular value; checked before."""
-    dtype = _axes.statistics_dtype(jnp.promote_types(w.dtype, u.dtype))
-    matrix = jnp.moveaxis(w.astype(dtype), outputs, range(-len(outputs), 0)).reshape(-1, u.size)
-    dot = partial(jnp.matmul, precision="highest")
+    wide, inputs = w.astype(_axes.statistics_dtype(jnp.promote_types(w.dtype, u.dtype))), _axes.others(outputs, w)
 
     def unit(vector):
         return vector * lax.rsqrt(jnp.sum(jnp.square(vector)) + epsilon)
 
-    right = u.astype(dtype).ravel()
+    left, right = wide, _axes.expand(u.astype(wide.dtype).reshape([w.shape[a] for a in outputs]), outputs, w.ndim)
     for _ in range(steps):
-        left = unit(dot(matrix, right))
-        right = unit(dot(left, matrix))
+        left = unit(sum_over(wide * right, outputs))
+        right = unit(sum_over(wide * left, inputs))
     left, right = lax.stop_gradient((left, right))
-    sigma = dot(dot(left, matrix), right)
-    normal = w.astype(dtype) / jnp.where(sigma != 0, sigma, 1)
-    return normal.astype(w.dtype), right.reshape(u.shape).astype(u.dtype), sigma
+    sigma = jnp.sum(wide * left * right)
+    new = _axes.extract(right, outputs).reshape(u.shape)
+    return (wide / jnp.where(sigma != 0, sigma, 1)).astype(w.dtype), new.astype(u.dtype), sigma
 
 
 def _outputs(function: str, w: Array, gain: Array | None, axis: Axes) -> tuple[jax.Array, tuple[int, ...]]:
