@@ -50,7 +50,9 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         for kind in cases.KINDS:
             ratios = {}
-            for shape in track(list(cases.SHAPES["batch"].values()), f"{dtype}, {kind}", Console(file=sys.stderr)):
+            for shape in track(
+                list(cases.SHAPES["batch"].values()), f"{dtype}, {kind}", console=Console(file=sys.stderr)
+            ):
                 found = runners(kind, shape, dtype)
                 times, began = {who: [] for who in found}, time.perf_counter()
                 for run in found.values():
