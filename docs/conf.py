@@ -77,7 +77,7 @@ html_theme_options = {
 
 
 def fill(app, docname, source) -> None:
-    """Put tables made from stored files in the place of the fences ``{verdicts}`` and ``{results} FILE``."""
+    """Put tables made from stored files in the place of the fences that name a function of `tables`."""
 
     def made(fence: re.Match[str]) -> str:
         text, read = getattr(tables, fence[1])(ROOT, *fence[2].split())
@@ -85,7 +85,7 @@ def fill(app, docname, source) -> None:
             app.env.note_dependency(path)
         return text
 
-    source[0] = re.sub(r"^```\{(results|verdicts)\}(.*)\n```$", made, source[0], flags=re.MULTILINE)
+    source[0] = re.sub(r"^```\{(results|verdicts|first_steps)\}(.*)\n```$", made, source[0], flags=re.MULTILINE)
 
 
 def show_arguments(app, what, name, obj, options, lines) -> None:

@@ -87,3 +87,17 @@ def flat(row: dict[str, object]) -> dict[str, object]:
         else:
             result[key] = value
     return result
+
+
+def first_steps(root: Path) -> tuple[str, list[Path]]:
+    """How long a step takes to begin, of Flax's, by network and target."""
+    paths, stages = sorted((root / "benchmarks" / "results").glob("first-step-*.json")), ("trace", "lower", "compile")
+    targets = [path.stem.removeprefix("first-step-") for path in paths]
+    rows = [{(r["case"], r["contender"]): r for r in json.loads(path.read_text())["rows"]} for path in paths]
+    header = [f"{target}: {stage}" for target in targets for stage in stages]
+    lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
+    for case, contender in rows[0]:
+        if contender != "flax":
+            figures = [str(r[case, contender][stage]["of Flax's"]) for r in rows for stage in stages]
+            lines.append(f"| {case}: {contender} | {' | '.join(figures)} |")
+    return "\n".join(lines), paths

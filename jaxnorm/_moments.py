@@ -127,8 +127,7 @@ def measure(
     `sample` serves as K: if it is a fraction f of the data, ``(mean - K)^2 <= var / f`` for any data. What is known
     before the data is costs less: ``near``, or zero.
 
-    - A CPU tries what is known first, takes what it finds if the bound of `NEAR` holds, and measures again if not;
-      except where nothing may be ``conditional``.
+    - A CPU tries what is known, and measures again if the bound of `NEAR` is broken, unless nothing is ``conditional``.
     - Chips take what is known for bfloat16 data: sums about it are computed by the convolution that the data comes
       from. Rounding to eight bits has changed the variance by ``2^-19 (mean / std)^2`` already, and sums in float32
       about zero change it by less.

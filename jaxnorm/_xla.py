@@ -19,7 +19,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 Function = Callable[..., Any]
 
 recomputed = partial(jax.checkpoint, prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
-"""A function of which only the arguments are kept for the backward pass."""
+"""A function of which only the arguments are kept for the backward pass (`test_derivatives.py::test_residuals`)."""
 
 
 def is_zero(tangent: Any) -> bool:
@@ -38,8 +38,8 @@ def platform(*arrays: Any) -> str:
 def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sum over ``axes``, which stay with size one.
 
-    An array of rank six or more is reduced one axis at a time, as an array of rank three: jaxlib 0.10 and 0.11 crash on
-    reductions of high rank on CPU.
+    An array of rank six or more is reduced one axis at a time, as one of rank three: jaxlib 0.10 and 0.11 crash on
+    reductions of high rank on a CPU (`JAXNORM_OPTIMIZE=1 python -m pytest tests/test_numerics.py`).
     """
     if x.ndim <= 5:
         return jnp.sum(x, axes, keepdims=True)
@@ -52,11 +52,10 @@ def sum_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def settle(center: jax.Array) -> jax.Array:
-    """``center``, which is now the same number to all who read it.
+    """``center``, which is now the same number to all who read it (`tests/test_numerics.py`, at a mean of 1e5).
 
     Compilers contract ``x - sum * (1/n)`` to one operation and recompute it where they please: one reader would see the
-    rounded product and another the exact one, a difference that matters where the mean is large. They cannot contract
-    across a minimum, even one with the largest number that there is.
+    rounded product and another the exact one. They cannot contract across a minimum, even with the largest number.
     """
     if jnp.iscomplexobj(center):
         return lax.complex(settle(center.real), settle(center.imag))
@@ -76,12 +75,11 @@ def one_cpu() -> bool:
 def by_itself(function: Function, *args: Any) -> Any:
     """``function(*args)``, on a CPU a call that XLA does not inline, nor its transpose: a sum that shares nothing.
 
-    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use, were it only
-    the data in float32, becomes an array, and writing one takes longer than all the sums there are. On several devices
-    sums stay together, so that one collective can serve them.
+    XLA's sums compute what they add as they read the data, if nobody else uses it. What two of them use becomes an
+    array, and writing one takes longer than all the sums there are: without, a step of layer norm takes 2.5 times as
+    long (`benchmarks/speed.py`). On several devices sums stay together, so that one collective can serve them.
     """
-    large = any(is_large(a.shape) for a in jax.tree.leaves(args))
-    if not (large and platform(args) == "cpu" and one_cpu()):
+    if not (platform(args) == "cpu" and one_cpu() and any(is_large(a.shape) for a in jax.tree.leaves(args))):
         return function(*args)
     with set_xla_metadata(inlineable="false"):
         return jax.jit(function)(*args)
@@ -132,10 +130,9 @@ def _parts(how: Map, n_small: int, shape, wide, t_data, ts, stored, arrays):
     """The tangent as a sum of parts, one for the data and one for each array, whose transposes are sums over the data.
 
     Where several parts read the cotangent times a derivative that takes the data to compute, XLA for GPUs would compute
-    that once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads: a
-    step with a SiLU inside is 8 passes over the data instead of 11. But that of a residual is stored anyway, and is
-    that of what is added, too. On a TPU a ResNet-50 moves 8 % more with barriers, in 211 kernels more
-    (`benchmarks/compile_report.py --targets h200-1 tpu-v5e-1 --cases epilogues resnet`).
+    that once and store it in float32. With arrays of its own, behind a barrier, each part computes it as it reads: with
+    a GELU inside, 8 passes instead of 11 (`benchmarks/compile_report.py --targets h200-1 --cases epilogues`). But that
+    of a residual is stored anyway, and is that of what is added, too. On a TPU barriers cost 8 % of a ResNet-50.
     """
 
     def at(data, arrays):
@@ -171,9 +168,8 @@ def _parts(how: Map, n_small: int, shape, wide, t_data, ts, stored, arrays):
         parts.append(along_data(t_data, stored, first))
     changed = {n: t for n, t in enumerate(ts) if t is not None}
     pair = [(n, t) for n, t in changed.items() if n < n_small]
-    # XLA for GPUs computes and stores a cotangent that two sums read, if it takes more than a comparison; for one sum
-    # it computes it as it reads. So two sums are the parts of a complex one: with a SiLU outside of the norm that is 11
-    # passes over the data or 8 (`benchmarks/compile_report.py --targets h200-1 --cases epilogues`).
+    # Nor is a cotangent stored that one sum reads. So two sums are the parts of a complex one: with a SiLU outside of
+    # the norm, 8 passes instead of 11 (the same command).
     alike = len({t.shape for _, t in pair}) == 1 and not any(jnp.iscomplexobj(t) for _, t in pair)
     if where == "gpu" and len(pair) == 2 and alike:
         (m, real), (n, imaginary) = pair

@@ -322,3 +322,15 @@ def test_collectives_of_a_step_sharded_automatically(rng, shape, masked):
 def test_no_collective_at_inference(rng):
     x, scale, bias, *_ = sharded_arguments(REPLICAS, problem(rng, False))
     assert collectives(lambda x, m, v, *p: jaxnorm.normalize(x, (m, v), *p), x, scale, bias**2, scale, bias) == 0
+
+
+@pytest.mark.parametrize("replicas", [2, 8], ids=["gathered", "too many to gather"])
+def test_data_that_all_replicas_have(rng, replicas):
+    """What does not vary over the replicas is measured as often as there are replicas."""
+    x = jnp.asarray(rng.standard_normal((6, 3)), jnp.float32)
+    function = lambda x: jaxnorm.batch_norm(x, axis_name="data")  # noqa: E731
+    y, batch = jax.jit(jax.shard_map(function, mesh=mesh_of(replicas), in_specs=P(), out_specs=P()))(x)
+    expected, alone = jaxnorm.batch_norm(x)
+    assert_close(y, np.asarray(expected), 6)
+    assert_close(batch.var, np.asarray(alone.var), 6)
+    np.testing.assert_allclose(batch.count, replicas * 6)
