@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxnorm._axes import fail
 
@@ -111,7 +111,9 @@ def hoist(function: Function, *example: Any) -> tuple[Function, tuple[Any, ...]]
     again by identity, though the function may close over something else by now, and keeps.
     """
     closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*example)
-    jaxpr, tree, n = closed.jaxpr, jax.tree.structure(shape), len(example)
+    whole, tree, n = closed.jaxpr, jax.tree.structure(shape), len(example)
+    parts = whole.outvars, whole.eqns, whole.effects, whole.debug_info
+    jaxpr = Jaxpr(whole.constvars, whole.invars, *parts)  # from jax 0.12 on ``whole`` holds what it closes over
 
     def hoisted(*args: Any) -> Any:
         return tree.unflatten(jaxpr_as_fun(ClosedJaxpr(jaxpr, args[n:]))(*jax.tree.leaves(args[:n])))
