@@ -127,8 +127,8 @@ class Layer(nn.Module):
           x: array.
           axis: the feature axes.
           dtype: of the output, where it is another.
-          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what the
-            call of the layer passes on.
+          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what
+            the call of the layer passes on.
 
         Returns:
           An array of the shape of ``x``.

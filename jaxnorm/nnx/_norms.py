@@ -191,8 +191,8 @@ class Layer(nnx.Module):
           x: array.
           axis: the feature axes.
           dtype: of the output, where it is another.
-          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what the
-            call of the layer passes on.
+          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what
+            the call of the layer passes on.
 
         Returns:
           An array of the shape of ``x``.
@@ -595,13 +595,13 @@ def trainable_mask(model: nnx.Module) -> nnx.State:
     """Which parameters train: all but those of the layers with ``trainable=False``.
 
     Their gradients are zero, but an optimizer may move them all the same: weight decay does. With
-    ``optax.adamw(1e-3, mask=mask)`` it does not.
+    ``optax.adamw(1e-3, mask=mask)`` it does not, under ``nnx.Optimizer`` too.
 
     Args:
       model: the module.
 
     Returns:
-      True or False, in the structure of ``nnx.state(model, nnx.Param)``.
+      True or False, in the structure of ``nnx.as_pure(nnx.state(model, nnx.Param))``.
 
     Raises:
       TypeError: ``model`` is not a module.
@@ -624,4 +624,4 @@ def trainable_mask(model: nnx.Module) -> nnx.State:
         return not any(path[: len(layer)] == layer for layer in still)
 
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nnx.from_flat_state([(path, variable.replace(trains(path))) for path, variable in flat])
+    return nnx.from_flat_state([(path, trains(path)) for path, _ in flat])

@@ -15,6 +15,7 @@ import numpy as np
 from jaxnorm import Moments
 
 EXPLAINED, STALE = 0.2, "stale"
+NAMES = ("own", "other", "single")
 
 REMEDIES = {
     "never updated": "train with the collection mutable and its updates kept, or recalibrate",
@@ -48,20 +49,19 @@ class Finding(NamedTuple):
         return f"{self.path}: {self.cause} ({self.seen}). Remedy: {self.remedy}."
 
 
-def of_input(x: jax.Array, features: Any, batch: Moments) -> dict[str, jax.Array]:
+def of_input(x: jax.Array, features: tuple[int, ...], batch: Moments) -> dict[str, jax.Array]:
     """What else tells causes apart, each in the shape of the features.
 
     How unlike each other the features are, and how unlike each other what lies along any other axis but the first; and
     the variance within single examples.
     """
-    features = features if isinstance(features, tuple) else (features % x.ndim,)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inner = tuple(a for a in range(1, x.ndim) if a not in features)
     own = _unlikeness(x, features)
     other = jnp.stack([jnp.zeros_like(own), *(_unlikeness(x, (a,)) for a in inner if x.shape[a] > 1)]).max()
     single = jnp.mean(jnp.var(x, inner), 0) if inner and 0 not in features else batch.var
-    spread = {"surgery_own": own, "surgery_other": other, "surgery_single": single}
-    return {name: jnp.broadcast_to(value, batch.var.shape) for name, value in spread.items()}
+    values = zip(NAMES, (own, other, single), strict=True)
+    return {name: jnp.broadcast_to(value, batch.var.shape) for name, value in values}
 
 
 def _unlikeness(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -166,7 +166,7 @@ def _unsynchronized(averages: dict[str, Any]) -> int:
 
 
 def _by_axis(batch: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    own, other = float(batch["surgery_own"].flat[0]), float(batch["surgery_other"].flat[0])
+    own, other = float(batch["own"].flat[0]), float(batch["other"].flat[0])
     if other < max(4 * own, 0.05):
         return []
     return [
@@ -189,7 +189,7 @@ def _by_distance(seen: Seen) -> list[tuple[str, str]]:
         return []
     weight, far = seen.initial_weight(), seen.misfit(mean, var)
     scale = np.exp(np.mean(ratios))
-    fits = {"batch of one": seen.misfit(mean, seen.batch["surgery_single"])}
+    fits = {"batch of one": seen.misfit(mean, seen.batch["single"])}
     if weight is not None:
         fits["momentum too slow"] = seen.misfit((1 - weight) * mean, weight + (1 - weight) * var)
     if seen.first:

@@ -1,14 +1,32 @@
 """Freeze norms: running statistics, no updates, scale and bias untrained if wanted."""
 
+import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jax
 from flax import linen as nn
 from flax import nnx
 
-from jaxnorm.surgery._norms import BATCH_NORMS, LINEN, OUR_NNX, Where, accepted, call_arguments, chosen, nnx_norms
+from jaxnorm.surgery._norms import (
+    BATCH_NORMS,
+    OUR_NNX,
+    SWITCHES,
+    Where,
+    accepted,
+    base_of,
+    chosen,
+    linen_call,
+    linen_fields,
+    linen_method,
+    linen_norms,
+    linen_stranger,
+    nnx_norms,
+    warn_of_strangers,
+)
 
 
 @contextmanager
@@ -20,16 +38,19 @@ def frozen(where: Where = None, *, affine: bool = False) -> Iterator[list[str]]:
     ``jax.jit(surgery.frozen()(step))``.
 
     Args:
-      where: a regular expression that matches the whole path of a norm, as in "Block_[01]/.*"; a function of the path;
-        or None for all.
+      where: a regular expression that matches the whole path of a norm, as in "Block_[01]/.*"; a kind of norm, or
+        several, as ``nn.BatchNorm``; a function of the path; or None for all.
       affine: no gradients for scale and bias either, of any norm chosen. Weight decay would still move them: see
         `frozen_mask`.
 
     Yields:
-      The paths of the norms frozen so far. None are, and nothing is raised, where ``where`` matches no norm.
+      The paths of the norms frozen so far.
 
     Raises:
       re.error: ``where`` is no regular expression; when the first norm is called.
+
+    Warns:
+      UserWarning: at the end, modules were called and no norm was frozen; or some with running averages are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -41,72 +62,123 @@ def frozen(where: Where = None, *, affine: bool = False) -> Iterator[list[str]]:
       ...     model.apply(variables, x).tolist()
       [[1.0], [3.0]]
     """
-    choose, seen, inside = chosen(where), [], [False]
+    choose, seen, inside = chosen(where), list[str](), [False]
 
-    def interceptor(next_function, args, kwargs, context):
-        is_norm = isinstance(context.module, LINEN) and context.method_name == "__call__"
-        module: Any = context.module
-        path = "/".join(module.path) if is_norm else ""
-        if not is_norm or inside[0] or not choose(path) or not (affine or isinstance(module, BATCH_NORMS)):
-            return next_function(*args, **kwargs)
+    def choose_call(path, module, method):
+        return not inside[0] and (affine or isinstance(module, BATCH_NORMS)) and choose(path, module)
+
+    def call(path, module, given, next_function):
         seen.extend([] if path in seen else [path])
         if module.is_initializing():
-            return next_function(*args, **kwargs)
-        given = call_arguments(type(module).__call__, (module, *args), kwargs)
+            return next_function()
         inside[0] = True
         try:
             return _call_frozen(module, given, affine)
         finally:
             inside[0] = False
 
-    with nn.intercept_methods(interceptor):
+    with intercepted("frozen", choose_call, call):
         yield seen
 
 
+@contextmanager
+def intercepted(function: str, choose: Any, call: Any) -> Iterator[None]:
+    """``call(path, module, arguments, next_function)`` in place of the calls of Linen norms chosen; warn of none.
+
+    ``choose`` gets path and module, and the method that is called, which may be that of a base class.
+    """
+    called, found, strangers = list[str](), list[str](), dict[str, Any]()
+
+    def interceptor(next_function, args, kwargs, context):
+        module: Any = context.module
+        given, path = linen_call(context, args, kwargs), "/".join(module.path)
+        if given is not None and choose(path, module, context.orig_method.func):
+            found.append(path)
+            return call(path, module, given, lambda: next_function(*args, **kwargs))
+        y = next_function(*args, **kwargs)
+        called.append(type(module).__name__)
+        if linen_stranger(module):
+            strangers[path] = module
+        return y
+
+    with nn.intercept_methods(interceptor):
+        yield
+    warn_of_strangers(function, strangers)
+    if called and not found and not strangers:
+        warnings.warn(f"{function}: no norm that was called in {called[-1]} was chosen.", stacklevel=4)
+
+
 def _call_frozen(module: Any, given: dict[str, Any], affine: bool) -> jax.Array:
-    """The output of a norm that a pure function makes of its variables."""
-    is_batch = isinstance(module, BATCH_NORMS)
+    """The output of a norm that uses its averages; with ``affine``, of a pure function of its variables."""
+    is_batch, method = isinstance(module, BATCH_NORMS), linen_method(module)
     off: dict[str, Any] = {"use_running_average": True, "update_running_average": False} if is_batch else {}
-    given = {name: value for name, value in given.items() if name not in ("self", *off)}
-    pure = module.clone(parent=None, name=None, **accepted(type(module), off))
-    variables = {name: collection for name, collection in module.variables.items()}
-    if affine and "params" in variables:
-        variables["params"] = jax.lax.stop_gradient(variables["params"])
-    return pure.apply(variables, given.pop("x"), **given)
+    fields = linen_fields(module) | accepted(type(module), dict.fromkeys(off))
+    given = {name: value for name, value in given.items() if name not in off} | accepted(method, off)
+    if not affine:
+        return method(type(module)(**fields, parent=module.scope.rewound()), **given)
+    variables = {**module.variables, "params": jax.lax.stop_gradient(module.variables.get("params", {}))}
+    return type(module)(**fields, parent=None).apply(variables, **given, method=method)
 
 
-def freeze(model: nnx.Module, where: Where = None, *, affine: bool = False) -> None:
-    """Freeze the norms of an NNX module, in place, by their attributes.
+def freeze(model: nnx.Module, where: Where = None, *, affine: bool = False) -> list[str]:
+    """Freeze the norms of an NNX module, in place, until `unfreeze`.
 
-    ``model.train()`` sets the same attributes: freeze after it.
+    Batch norms use their running statistics and do not update them, whatever ``model.train()`` sets or their calls say.
+    Their class becomes a subclass of what it was, which says so.
 
     Args:
       model: the module.
-      where: a regular expression that matches the whole path of a norm, as in "blocks/[01]/.*"; a function of the path;
-        or None for all.
+      where: a regular expression that matches the whole path of a norm, as in "blocks/[01]/.*"; a kind of norm, or
+        several, as ``nnx.BatchNorm``; a function of the path; or None for all.
       affine: no gradients for scale and bias either. Weight decay would still move them: see `frozen_mask`.
+
+    Returns:
+      The paths of the norms frozen.
 
     Raises:
       TypeError: ``model`` is no NNX module.
-      ValueError: no norm is chosen; or ``affine`` for one of Flax's, which cannot be told so.
+      ValueError: nothing is frozen: no norm is chosen, or none with running averages and without ``affine``; or
+        ``affine`` for one of Flax's, which cannot be told so.
+
+    Warns:
+      UserWarning: modules with running averages are not known.
 
     Example:
       >>> from flax import nnx
       >>> from jaxnorm import surgery
       >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
       >>> surgery.freeze(model, "layers/1")
+      ['layers/1']
+      >>> model.train()
       >>> model.layers[1].use_running_average
       True
     """
-    _set("freeze", model, where, affine, running=True)
+    norms = {path: n for path, n in nnx_norms("freeze", model, where) if affine or isinstance(n, BATCH_NORMS)}
+    if not norms:
+        rule = "without affine, where must choose a norm with running averages"
+        raise ValueError(f"freeze: {rule}; got {where!r}.")
+    flax = [path for path, norm in norms.items() if not isinstance(norm, OUR_NNX)]
+    if affine and flax:
+        rule = "Flax's norms always train their scale and bias; swap them for ours, or use frozen_mask alone"
+        raise ValueError(f"freeze: {rule}; got affine=True for {', '.join(flax)}.")
+    for norm in norms.values():
+        if isinstance(norm, OUR_NNX):
+            norm.trainable = not affine
+        if isinstance(norm, BATCH_NORMS):
+            object.__setattr__(norm, "__class__", _frozen(base_of(norm)))
+            norm.use_running_average = True
+    return list(norms)
 
 
-def unfreeze(model: nnx.Module, where: Where = None) -> None:
+def unfreeze(model: nnx.Module, where: Where = None) -> list[str]:
     """Undo `freeze`: batch statistics, updates of the averages, gradients of scale and bias.
 
     Args:
       model: the module.
       where: as for `freeze`.
+
+    Returns:
+      The paths of the norms chosen.
 
     Raises:
       TypeError: ``model`` is no NNX module.
@@ -116,33 +188,44 @@ def unfreeze(model: nnx.Module, where: Where = None) -> None:
       >>> from flax import nnx
       >>> from jaxnorm import surgery
       >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-      >>> surgery.freeze(model)
-      >>> surgery.unfreeze(model)
+      >>> surgery.freeze(model), surgery.unfreeze(model)
+      ([''], [''])
       >>> model.use_running_average
       False
     """
-    _set("unfreeze", model, where, False, running=False)
-
-
-def _set(function: str, model: nnx.Module, where: Where, affine: bool, running: bool) -> None:
-    norms = list(nnx_norms(function, model, where))
-    flax = [path for path, norm in norms if not isinstance(norm, OUR_NNX)]
-    if affine and flax:
-        rule = "Flax's norms always train their scale and bias; swap them for ours, or use frozen_mask alone"
-        raise ValueError(f"{function}: {rule}; got affine=True for {', '.join(flax)}.")
-    for _, norm in norms:
+    norms = dict(nnx_norms("unfreeze", model, where))
+    for norm in norms.values():
+        object.__setattr__(norm, "__class__", base_of(norm))
         if isinstance(norm, OUR_NNX):
-            norm.trainable = not affine
+            norm.trainable = True
         if isinstance(norm, BATCH_NORMS):
-            norm.use_running_average = running
-            if isinstance(norm, OUR_NNX):
-                norm.update_running_average = False if running else None
+            norm.use_running_average = False
+    return list(norms)
+
+
+@cache
+def _frozen(kind: Any) -> type:
+    """A batch norm of NNX that is frozen, whatever it is told."""
+
+    class FrozenNorm(kind):
+        surgery_frozen = True
+        use_running_average = property(lambda self: True, lambda self, value: None)
+
+        def __call__(self, *args, **kwargs):
+            given = dict(inspect.signature(kind.__call__).bind(self, *args, **kwargs).arguments)
+            given = {name: value for name, value in list(given.items())[1:] if name not in SWITCHES}
+            switches = {"use_running_average": True, "update_running_average": False}
+            return kind.__call__(self, **given, **accepted(kind.__call__, switches))
+
+    FrozenNorm.__name__ = FrozenNorm.__qualname__ = f"Frozen{kind.__name__}"
+    return FrozenNorm
 
 
 def frozen_mask(model: Any, *args: Any, where: Where = None, **kwargs: Any) -> Any:
     """Which parameters are scale and bias of norms, for optax.
 
-    ``optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))`` leaves them as they are, weight decay included.
+    ``optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))`` leaves them as they are, weight decay included;
+    under ``nnx.Optimizer`` too.
 
     Args:
       model: an NNX module, or a Linen one.
@@ -152,7 +235,7 @@ def frozen_mask(model: Any, *args: Any, where: Where = None, **kwargs: Any) -> A
 
     Returns:
       True for scale and bias of the norms chosen, False for all others: in the structure of ``variables["params"]``,
-      or of ``nnx.state(model, nnx.Param)``.
+      or of ``nnx.as_pure(nnx.state(model, nnx.Param))``.
 
     Raises:
       ValueError: no norm is chosen.
@@ -167,15 +250,14 @@ def frozen_mask(model: Any, *args: Any, where: Where = None, **kwargs: Any) -> A
       {'layers_0': {'bias': False, 'kernel': False}, 'layers_1': {'bias': True, 'scale': True}}
     """
     if isinstance(model, nnx.Module):
-        paths = {tuple(path.split("/")) if path else () for path, _ in nnx_norms("frozen_mask", model, where)}
-        tree: Any = nnx.state(model, nnx.Param)
+        found, tree = dict(nnx_norms("frozen_mask", model, where)), nnx.state(model, nnx.Param)
     else:
-        with frozen(where, affine=True) as seen:
-            jax.eval_shape(lambda *args: model.apply(*args, **{"mutable": True, **kwargs}), *args)
-        if not seen:
+        found, tree = linen_norms(model, *args, where=where, **kwargs), args[0]["params"]
+        if not found:
             raise ValueError(f"frozen_mask: where must choose at least one norm; got {where!r}.")
-        paths, tree = {tuple(path.split("/")) if path else () for path in seen}, args[0]["params"]
-    return jax.tree_util.tree_map_with_path(lambda keys, _: _module_of(keys) in paths, tree)
+    paths = {tuple(path.split("/")) if path else () for path in found}
+    mask = jax.tree_util.tree_map_with_path(lambda keys, _: _module_of(keys) in paths, tree)
+    return nnx.as_pure(mask) if isinstance(model, nnx.Module) else mask  # as `nnx.Optimizer` hands parameters to optax
 
 
 def _module_of(keys: Any) -> tuple[str, ...]:

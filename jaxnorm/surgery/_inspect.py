@@ -12,8 +12,8 @@ from flax import nnx
 from jaxnorm import Moments
 from jaxnorm.surgery import _causes
 from jaxnorm.surgery._causes import Finding, Seen
-from jaxnorm.surgery._measure import linen_norms, measure
-from jaxnorm.surgery._norms import BATCH_NORMS, nnx_norms
+from jaxnorm.surgery._measure import Measuring, measure
+from jaxnorm.surgery._norms import BATCH_NORMS, linen_norms, nnx_norms
 
 DEAD, EXPLODING = 1e-10, 1e10
 """Running variances below and above which a channel is constant, or on its way out of float32."""
@@ -153,7 +153,7 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[s
     elif isinstance(model, nn.Module):
         graph, state, known = model, variables, _from_variables(variables)
         if batch:
-            listed = linen_norms(model, variables, batch, kwargs)
+            listed = linen_norms(model, variables, *batch, **kwargs)
             known = {path: (settings, known.get(path, ({}, {}))[1]) for path, settings in listed.items()}
     elif isinstance(model, Mapping):
         return _from_variables(model), {}
@@ -161,16 +161,9 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[s
         raise TypeError(f"inspect: model must be a Linen or an NNX module, or variables; got {type(model).__name__}.")
     if not batch or not any(averages for _, averages in known.values()):
         return known, {}
-    order: list[str] = []
-
-    @jax.jit
-    def run(state, batch):
-        seen = measure(graph, state, batch, kwargs, frozenset(), _causes.of_input)
-        order.extend(seen)
-        return seen
-
-    seen = run(state, batch)
-    known = {path: known[path] for path in [*order, *(p for p in known if p not in order)]}
+    how = Measuring("inspect", _causes.NAMES, _causes.of_input, where=lambda path: True)
+    seen = jax.jit(lambda state, batch: measure(how, graph, state, batch, kwargs, {}))(state, batch)
+    known = {path: known[path] for path in [*how.ranks, *(p for p in known if p not in how.ranks)]}
     return known, {path: {name: np.asarray(a, np.float64) for name, a in s.items()} for path, s in seen.items()}
 
 

@@ -1,6 +1,10 @@
 """Running averages for other weights, or for other data, outside of the training program."""
 
-from collections.abc import Iterable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import tee
 from typing import Any
 
 import jax
@@ -12,7 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm import Moments, merge_moments
-from jaxnorm.surgery._measure import Stats, measure, nothing_more
+from jaxnorm.surgery._measure import Measuring, Stats, at, measure
+from jaxnorm.surgery._norms import Where
+
+Inputs = Callable[[Any], Any] | None
 
 
 def recalibrate(
@@ -21,29 +28,42 @@ def recalibrate(
     data: Iterable[Any],
     *,
     layer_by_layer: bool = False,
+    inputs: Inputs = None,
+    where: Where = None,
     mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Replace the running averages of all batch norms by the statistics of a data set: exact, merged by counts.
+    """Replace the running averages of batch norms by the statistics of a data set: exact, merged by counts.
 
-    In one pass, batch norms normalize by their batch as in training, and the moments of what each sees are merged.
-    Layer by layer, those before already have their final averages, so that what each measures is what it will see at
-    inference; that takes a pass for every norm. The remedy for averages that are stale, poisoned, or of other weights.
+    In one pass, batch norms normalize by their batch as in training, and the moments of all that each sees are merged,
+    over its calls and over the batches. Layer by layer, those before already have their final averages, so that what
+    each measures is what it will see at inference; that takes a pass for every norm. The remedy for averages that are
+    stale, poisoned, or of other weights.
+
+    A batch by which the statistics of any norm are not finite is left out, with a warning that counts.
 
     Args:
       model: a Linen or an NNX module, of Flax's norms or ours. Nothing is changed in place.
       variables: of the Linen module; None for an NNX module, whose own are used.
-      data: batches of inputs: arrays, or tuples of arrays for a model with several; of any sizes. An iterable that can
-        be iterated again, for more than one pass.
+      data: batches of any sizes: arrays, or tuples of arrays for a model with several inputs. What can be read only
+        once is kept, where there is more than one pass.
       layer_by_layer: normalize what comes before each norm by final averages.
-      mesh: to shard batches over, along all of its axes. Arrays that are sharded already need none.
+      inputs: a function of a batch, which says what the model is called with: an array, a tuple of arguments, or a pair
+        of such a tuple and a dictionary of keyword arguments. ``lambda batch: batch[0]`` for images with labels.
+      where: which norms: a regular expression that matches the whole path, as in "Block_[01]/.*"; a kind of norm, or
+        several; a function of the path; None for all but those that `freeze` froze. Others use their averages.
+      mesh: to shard batches over, along all of its axes; one whose size does not divide is computed on every device.
+        Arrays that are sharded already need none.
       **kwargs: for each call of the model, as ``train=False``; batch norms do as said above whatever they are told.
 
     Returns:
       ``variables`` with other ``batch_stats``; for an NNX module, its state with other averages, for ``nnx.update``.
 
     Raises:
-      ValueError: no batches, or no batch norms.
+      ValueError: no batches, none that is finite, no batch norms; or the model cannot be called with a batch.
+
+    Warns:
+      UserWarning: batches were left out, or modules with averages that are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,22 +71,29 @@ def recalibrate(
       >>> from jaxnorm import surgery
       >>> model, x = nn.BatchNorm(use_running_average=True), jnp.array([[1.0], [3.0], [5.0]])
       >>> variables = model.init(jax.random.key(0), x)
-      >>> variables = surgery.recalibrate(model, variables, [x[:2], x[2:]])
+      >>> labelled = [(x[:2], jnp.array([0, 1])), (x[2:], jnp.array([0]))]
+      >>> variables = surgery.recalibrate(model, variables, labelled, inputs=lambda batch: batch[0])
       >>> variables["batch_stats"]["mean"].tolist()
       [3.0]
 
     References:
       Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """
-    graph, variables = _split(model, variables)
-    order, settled = [frozenset[str]()], frozenset[str]()
-    if layer_by_layer:
-        paths = list(_merged("recalibrate", graph, variables, _first(data), mesh, kwargs, settled))
-        order = [frozenset(paths[:i]) for i in range(len(paths))]
-    for settled in order:
-        merged = _merged("recalibrate", graph, variables, data, mesh, kwargs, settled)
-        chosen = dict(list(merged.items())[:1]) if layer_by_layer else merged
-        variables = _replaced(graph, variables, {path: Moments(**stats) for path, stats in chosen.items()})
+    passes = _Passes("recalibrate", model, variables, data, inputs, where, mesh, kwargs)
+    merged, _ = passes.merged(passes.variables, {})
+    if not layer_by_layer:
+        return passes.replaced(passes.variables, merged)
+    variables, settled = passes.variables, dict[str, np.ndarray]()
+    for path, rank in passes.how.ranks.items():
+        shape = merged[path]["mean"].shape
+        stack = shape[: len(shape) - rank]  # layers of ``nn.scan``: one after another
+        settled[path] = np.zeros(shape, bool)
+        for layer in np.ndindex(*stack):
+            measured, _ = passes.merged(variables, settled)
+            settled[path][layer] = True
+            old = passes.averages(variables, path)
+            chosen = {n: jnp.where(settled[path], measured[path][n], old.get(n, measured[path][n])) for n in _FIELDS}
+            variables = passes.replaced(variables, {path: chosen})
     return variables
 
 
@@ -76,10 +103,12 @@ def adapt(
     data: Iterable[Any],
     *,
     source_weight: float = 16.0,
+    inputs: Inputs = None,
+    where: Where = None,
     mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> Any:
-    r"""Move the running averages of all batch norms towards the statistics of data from elsewhere, without labels.
+    r"""Move the running averages of batch norms towards the statistics of data from elsewhere, without labels.
 
     With :math:`n` examples and the weight :math:`N` of the averages from training,
 
@@ -90,6 +119,8 @@ def adapt(
       variables: as for `recalibrate`.
       data: batches of inputs from where the model is to work.
       source_weight: N, in examples: zero to forget the training data.
+      inputs: as for `recalibrate`.
+      where: as for `recalibrate`.
       mesh: as for `recalibrate`.
       **kwargs: as for `recalibrate`.
 
@@ -97,7 +128,10 @@ def adapt(
       As `recalibrate`.
 
     Raises:
-      ValueError: no batches, no batch norms, or a negative weight.
+      ValueError: as `recalibrate`; or a negative weight.
+
+    Warns:
+      UserWarning: as `recalibrate`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,102 +148,136 @@ def adapt(
     """
     if source_weight < 0:
         raise ValueError(f"adapt: source_weight must not be negative; got {source_weight}.")
-    graph, variables = _split(model, variables)
-    batches = [_arguments(batch) for batch in data]
-    examples = sum(len(jax.tree.leaves(batch)[0]) for batch in batches)
-    target = _merged("adapt", graph, variables, batches, mesh, kwargs, frozenset())
+    passes = _Passes("adapt", model, variables, data, inputs, where, mesh, kwargs)
+    target, examples = passes.merged(passes.variables, {})
     weight = examples / (examples + source_weight)
-    moved: dict[str, Moments] = {}
+    moved: Stats = {}
     for path, stats in target.items():
-        old = _averages(graph, variables, path)
+        old = passes.averages(passes.variables, path)
         mean, var = ((1 - weight) * old[name] + weight * stats[name] for name in ("mean", "var"))
-        moved[path] = Moments(mean, var, old.get("count", stats["count"]))
-    return _replaced(graph, variables, moved)
+        moved[path] = {"mean": mean, "var": var, "count": old.get("count", stats["count"])}
+    return passes.replaced(passes.variables, moved)
 
 
-def _split(model: Any, variables: Any) -> tuple[Any, Any]:
-    """What is static of a model, and its variables."""
-    if isinstance(model, nn.Module):
-        return model, variables
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"recalibrate: model must be a Linen or an NNX module; got {type(model).__name__}.")
-    if variables is not None:
-        raise TypeError("recalibrate: variables must be None for an NNX module, which has its own.")
-    return nnx.split(model)
+_FIELDS = Moments._fields
 
 
-def _arguments(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
+class _Passes:
+    """Passes of a model over a data set."""
+
+    def __init__(
+        self,
+        function: str,
+        model: Any,
+        variables: Any,
+        data: Iterable[Any],
+        inputs: Inputs,
+        where: Where,
+        mesh: Mesh | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        if not isinstance(model, nn.Module | nnx.Module):
+            raise TypeError(f"{function}: model must be a Linen or an NNX module; got {type(model).__name__}.")
+        self.is_linen = isinstance(model, nn.Module)
+        if not self.is_linen and variables is not None:
+            raise TypeError(f"{function}: variables must be None for an NNX module, which has its own.")
+        self.graph, self.variables = (model, variables) if self.is_linen else nnx.split(model)
+        self.how = Measuring(function, where=where)
+        self.data, self.inputs, self.mesh, self.kwargs = data, inputs, mesh, kwargs
+
+        @jax.jit
+        def step(variables, settled, total, args, more):
+            stats = measure(self.how, self.graph, variables, args, kwargs | more, settled)
+            finite = jnp.array([jnp.isfinite(value).all() for s in stats.values() for value in s.values()]).all()
+            merged = {p: merge_moments(_moments(total[p]), _moments(s))._asdict() for p, s in stats.items() if total}
+            examples = jnp.shape(jax.tree.leaves((args, more))[0])[0]
+            keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+            total = jax.tree.map(keep, merged, total) if total else jax.tree.map(lambda new: keep(new, 0), stats)
+            return total, jnp.where(finite, examples, 0), finite
+
+        self.step = step
+
+    def merged(self, variables: Any, settled: dict[str, Any]) -> tuple[Stats, int]:
+        """Merged moments of all finite batches, by path in the order of the network; and how many examples."""
+        if iter(self.data) is self.data:  # it can be read only once
+            self.data, data = tee(self.data)
+        else:
+            data = self.data
+        total, counts = {}, []
+        for i, batch in enumerate(_shown(data, self.how.function)):
+            args, more = self._arguments(batch)
+            try:
+                total, *count = self.step(variables, settled, total, args, more)
+            except Exception as error:
+                self._explain(error, i, batch)
+                raise
+            counts.append(count)
+        if not counts:
+            raise ValueError(f"{self.how.function}: data must hold at least one batch; got none.")
+        if not total:
+            raise ValueError(f"{self.how.function}: the model must have at least one batch norm; found none.")
+        examples, finite = np.array(counts, int).T
+        left_out = f"{sum(finite == 0)} of {len(finite)} batches give statistics that are not finite"
+        if not finite.any():
+            raise ValueError(f"{self.how.function}: {left_out}; there is nothing to measure.")
+        if not finite.all():
+            warnings.warn(f"{self.how.function}: {left_out}; they were left out.", stacklevel=3)
+        return {path: total[path] for path in self.how.ranks}, int(examples.sum())
+
+    def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with."""
+        given = batch if self.inputs is None else self.inputs(batch)
+        args, more = (given if isinstance(given, tuple) else (given,)), {}
+        if self.inputs is not None and len(args) == 2 and isinstance(args[0], tuple) and isinstance(args[1], dict):
+            args, more = args
+        if self.mesh is None:
+            return args, more
+        size = {np.shape(leaf)[0] for leaf in jax.tree.leaves((args, more))}
+        even = all(n % self.mesh.size == 0 for n in size)
+        return jax.device_put((args, more), NamedSharding(self.mesh, P(self.mesh.axis_names) if even else P()))
+
+    def _explain(self, error: Exception, i: int, batch: Any) -> None:
+        """Say which batch it was; and what ``inputs`` is for, where the batch may hold more than inputs."""
+        what = f"{self.how.function}: the model was called with batch {i}"
+        if self.inputs is None and isinstance(batch, tuple | list | dict):
+            rule = "say by inputs= what of it the model takes, as inputs=lambda batch: batch[0]"
+            raise ValueError(f"{what}, a {type(batch).__name__} of {len(batch)}; {rule}. {error}") from error
+        error.add_note(f"{what}.")
+
+    def averages(self, variables: Any, path: str) -> dict[str, Any]:
+        """Mean, var and perhaps count of one norm."""
+        if self.is_linen:
+            return dict(at(variables["batch_stats"], path))
+        part: Any = nnx.to_pure_dict(nnx.filter_state(variables, nnx.BatchStat))
+        for name in path.split("/") if path else ():
+            part = part[int(name) if name.isdigit() and int(name) in part else name]
+        return part
+
+    def replaced(self, variables: Any, new: Stats) -> Any:
+        """``variables`` with other averages, in their dtypes."""
+
+        def value(keys, old):
+            names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
+            if isinstance(keys[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+                names = names[:-1]
+            stats = new.get("/".join(names[:-1]), {})
+            return jnp.asarray(stats[names[-1]], old.dtype).reshape(np.shape(old)) if names[-1] in stats else old
+
+        if not self.is_linen:
+            return jax.tree_util.tree_map_with_path(value, variables)
+        return {**variables, "batch_stats": jax.tree_util.tree_map_with_path(value, variables["batch_stats"])}
 
 
-def _first(data: Iterable[Any]) -> Sequence[Any]:
-    return [batch for batch, _ in zip(data, range(1), strict=False)]
+def _moments(stats: dict[str, Any]) -> Moments:
+    return Moments(*(stats[name] for name in _FIELDS))
 
 
-def _merged(
-    function: str,
-    graph: Any,
-    variables: Any,
-    data: Iterable[Any],
-    mesh: Mesh | None,
-    kwargs: Any,
-    settled: frozenset[str],
-) -> Stats:
-    """Merged moments of all batches, by path in the order of the network."""
-    order: list[str] = []
+def _shown(data: Iterable[Any], function: str) -> Iterator[Any]:
+    """The batches, with a line that says how many were measured where somebody watches, for rich shows it."""
+    if sys.stderr.isatty():
+        with suppress(ImportError):
+            from rich.console import Console
+            from rich.progress import track
 
-    @jax.jit
-    def step(variables, args):
-        stats = measure(graph, variables, args, kwargs, settled, nothing_more)
-        order.extend(path for path in stats if path not in order)
-        return stats
-
-    @jax.jit
-    def merge(a, b):
-        return {path: merge_moments(Moments(**a[path]), Moments(**b[path]))._asdict() for path in a}
-
-    total = None
-    for batch in data:
-        args = _arguments(batch)
-        if mesh is not None:
-            args = jax.device_put(args, NamedSharding(mesh, P(mesh.axis_names)))
-        stats = step(variables, args)
-        total = stats if total is None else merge(total, stats)
-    if total is None:
-        raise ValueError(f"{function}: data must hold at least one batch; got none.")
-    if not total:
-        raise ValueError(f"{function}: the model must have at least one batch norm; found none.")
-    return {path: total[path] for path in order}
-
-
-def _averages(graph: Any, variables: Any, path: str) -> dict[str, Any]:
-    """Mean, var and perhaps count of one norm."""
-    names = path.split("/") if path else []
-    part: Any
-    if isinstance(graph, nn.Module):
-        part = variables["batch_stats"]
-        for name in names:
-            part = part[name]
-        return dict(part)
-    part = nnx.to_pure_dict(nnx.filter_state(variables, nnx.BatchStat))
-    for name in names:
-        part = part[int(name) if name.isdigit() and int(name) in part else name]
-    return part
-
-
-def _replaced(graph: Any, variables: Any, moments: dict[str, Moments]) -> Any:
-    """``variables`` with other averages, in their dtypes."""
-    is_linen = isinstance(graph, nn.Module)
-    tree = variables["batch_stats"] if is_linen else variables
-
-    def new(keys, old):
-        names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
-        if not is_linen and isinstance(keys[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
-            names = names[:-1]
-        batch = moments.get("/".join(names[:-1]))
-        if batch is None or names[-1] not in batch._fields:
-            return old
-        return jnp.asarray(getattr(batch, names[-1]), old.dtype).reshape(np.shape(old))
-
-    replaced = jax.tree_util.tree_map_with_path(new, tree)
-    return {**variables, "batch_stats": replaced} if is_linen else replaced
+            data = track(data, description=function, console=Console(stderr=True), transient=True)
+    yield from data

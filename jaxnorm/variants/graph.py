@@ -107,7 +107,6 @@ class Graphs(Formula):
 
     def __call__(self, nodes: Statistics, graph: jax.Array, mean_scale: jax.Array | None) -> Statistics:
         """The mean that is subtracted, and the mean square of what is left, of the graph of each node."""
-
         own = merge(nodes, lambda *values: tuple(shared_by_label(v, graph, self.num_graphs) for v in values))
         if mean_scale is None:
             return own
