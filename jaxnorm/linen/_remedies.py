@@ -399,7 +399,8 @@ class GraphNorm(Example, kw_only=True):
           An array of the shape of ``x``.
 
         Raises:
-          ValueError: ``num_graphs`` is not given, or an argument does not fit.
+          TypeError: ``num_graphs`` is not given.
+          ValueError: an argument does not fit.
         """
         given = {"graph": graph, "num_graphs": _layers.first_given(num_graphs, self.num_graphs)}
         return self._output(x, mask=mask, trainable=trainable, residual=residual, **given)

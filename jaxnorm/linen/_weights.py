@@ -10,7 +10,7 @@ from flax.linen.dtypes import canonicalize_dtype
 
 import jaxnorm
 from jaxnorm import _layers
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, statistics_dtype
 from jaxnorm.linen._norms import Initializer
 from jaxnorm.variants.weights import iterate
 
@@ -64,18 +64,25 @@ class _Wrapper(nn.Module):
     """The layer."""
 
     @nn.nowrap
-    def _call(self, change: Any, *args: Any, mutable: bool = False, **kwargs: Any) -> Any:
+    def _call(self, change: Any, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer_instance
+
+        kept: list[Any] = []
 
         def changed(path, value):
             name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
             return change(f"{layer.name}/{name}", jnp.asarray(value))
 
+        def seen(variables):
+            kept[:] = [variables]
+            return jax.tree_util.tree_map_with_path(changed, variables)
+
         forward = nn.map_variables(
             lambda layer: layer(*args, **kwargs),
-            trans_in_fn=lambda variables: jax.tree_util.tree_map_with_path(changed, variables),
+            trans_in_fn=seen,
+            trans_out_fn=lambda variables: kept.pop() if kept else variables,  # never what the layer sees
             init=self.is_initializing(),
-            mutable=mutable,
+            mutable=True,
         )
         return forward(layer)
 
@@ -188,17 +195,17 @@ class SpectralNorm(_Wrapper):
                 raise ValueError(f"SpectralNorm: Input is {w.ndim}D but error_on_non_matrix is True; got {name}.")
             return self._iterated(name, w, update_stats)
 
-        return self._call(normalized, *args, mutable=True, **kwargs)
+        return self._call(normalized, *args, **kwargs)
 
     @nn.nowrap
     def _iterated(self, name: str, w: jax.Array, update_stats: bool) -> jax.Array:
         collection, shape = self.collection_name, (1, w.shape[-1])
         key = None if self.has_variable(collection, f"{name}/u") else self.make_rng("params")
         u = self.variable(collection, f"{name}/u", jax.random.normal, key, shape, self.param_dtype)
-        sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), self.param_dtype)
+        sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), statistics_dtype(self.param_dtype))
         dtype = canonicalize_dtype(w, u.value, dtype=self.dtype)
         wide = w.astype(jnp.promote_types(w.dtype, dtype))
         normal, new, value = iterate(wide, u.value, (w.ndim - 1,), self.n_steps, self.epsilon)
         if update_stats:
-            u.value, sigma.value = new, value.astype(self.param_dtype)
+            u.value, sigma.value = new, value.astype(sigma.value.dtype)
         return normal.astype(dtype)

@@ -59,13 +59,6 @@ class Layer(nnx.Module):
     """Whether there is a scale."""
     scale_init: InitVar[Initializer] = ONES
     """Initializer of the scale."""
-    axis_name: AxisNames | None = None
-    """Mapped axis or axes whose replicas share their statistics. Need not exist where running averages are used. Under
-    ``jit`` with sharded arrays leave it out: the statistics are global."""
-    axis_index_groups: Groups | None = None
-    """Lists of replicas; each is normalized with its own list only."""
-    use_fast_variance: bool = True
-    """Either choice gives the stable statistics."""
     promote_dtype: Callable[..., Any] = dtypes.promote_dtype
     """Converts ``(x, scale, bias)``, without bias in `RMSNorm`, ``(x, mean, var, scale, bias)`` in `BatchNorm`; called
     with the keyword ``dtype``."""
@@ -262,7 +255,18 @@ class Affine(Layer):
 
 
 @layer()
-class BatchNorm(Affine):
+class Replicated(Layer):
+    axis_name: AxisNames | None = None
+    """Mapped axis or axes whose replicas share their statistics. Need not exist where running averages are used. Under
+    ``jit`` with sharded arrays leave it out: the statistics are global."""
+    axis_index_groups: Groups | None = None
+    """Lists of replicas; each is normalized with its own list only."""
+    use_fast_variance: bool = True
+    """Either choice gives the stable statistics."""
+
+
+@layer()
+class BatchNorm(Affine, Replicated):
     """Batch normalization (Ioffe and Szegedy, 2015), in place of ``flax.nnx.BatchNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``); ``mean`` and ``var``, float32 (the mean becomes complex once it
@@ -472,7 +476,7 @@ class BatchNorm(Affine):
 
 
 @layer()
-class LayerNorm(Affine):
+class LayerNorm(Affine, Replicated):
     """Layer normalization (Ba, Kiros and Hinton, 2016), in place of ``flax.nnx.LayerNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``).
@@ -494,7 +498,7 @@ class LayerNorm(Affine):
 
 
 @layer()
-class RMSNorm(Layer):
+class RMSNorm(Replicated):
     """Root mean square normalization (Zhang and Sennrich, 2019), in place of ``flax.nnx.RMSNorm``.
 
     Variables: ``scale`` (``nnx.Param``).
@@ -533,7 +537,7 @@ class RMSNorm(Layer):
 
 
 @layer()
-class GroupNorm(Affine):
+class GroupNorm(Affine, Replicated):
     """Group normalization (Wu and He, 2018), in place of ``flax.nnx.GroupNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``), one per channel.
@@ -569,7 +573,7 @@ class GroupNorm(Affine):
 
 
 @layer()
-class InstanceNorm(Affine):
+class InstanceNorm(Affine, Replicated):
     """Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016), in place of ``flax.nnx.InstanceNorm``.
 
     Variables: ``scale`` and ``bias`` (``nnx.Param``).

@@ -13,7 +13,7 @@ from flax.nnx.nn import dtypes
 
 import jaxnorm
 from jaxnorm import _layers
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, statistics_dtype
 from jaxnorm.nnx._norms import ONES, Initializer, signed
 from jaxnorm.variants.weights import iterate
 
@@ -238,7 +238,7 @@ class SpectralNorm(nnx.Module):
             key = rngs.params()
             u = jax.random.normal(key, (1, variable.shape[-1]), param_dtype)
             stats[(*path, "u")] = nnx.BatchStat(u)
-            stats[(*path, "sigma")] = nnx.BatchStat(jnp.ones((), param_dtype))
+            stats[(*path, "sigma")] = nnx.BatchStat(jnp.ones((), statistics_dtype(param_dtype)))
         self.batch_stats = nnx.data(stats)
 
     def __call__(self, *args: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ class SpectralNorm(nnx.Module):
             normal, new, value = iterate(wide, u[...], (w.ndim - 1,), self.n_steps, self.epsilon)
             if update:
                 u.set_value(new)
-                sigma.set_value(value.astype(self.param_dtype))
+                sigma.set_value(value.astype(sigma[...].dtype))
             return normal.astype(dtype)
 
         with _changed(self.layer_instance, normalized):
