@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from pathlib import Path
 
 import catalog
 import jax
@@ -187,3 +188,12 @@ def table():
 def test_linen_and_nnx_take_the_same_arguments(name):
     for argument in ARGUMENTS:
         assert takes(name, argument, "linen") == takes(name, argument, "nnx"), argument
+
+
+def test_the_page_of_arguments():
+    """`python tests/test_catalogue.py` prints the table that belongs there."""
+    assert table() in (Path(__file__).parents[1] / "docs" / "arguments.md").read_text()
+
+
+if __name__ == "__main__":
+    print(table())
