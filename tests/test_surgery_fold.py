@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -27,8 +28,11 @@ from networks import (
 import jaxnorm
 from jaxnorm import linen, surgery
 from jaxnorm import nnx as jaxnorm_nnx
+from jaxnorm.surgery import _chains, _fold, _report
 
 NORMS = {"flax": (nn.BatchNorm, nnx.BatchNorm), "jaxnorm": (linen.BatchNorm, jaxnorm_nnx.BatchNorm)}
+
+HERE = r"test_surgery_fold\.py"
 
 
 @pytest.fixture(autouse=True)
@@ -114,11 +118,13 @@ def test_preactivation_norms_stay_unless_a_convolution_is_before_them(library, r
     folded = surgery.fold(apply, variables, x)
     assert_same(apply, variables, x, folded)
     assert [n.into for n in folded.report.folded] == [("Conv_1",), ("Conv_3",)]
-    assert {n.path: n.reason for n in folded.report.stayed} == {
-        "BatchNorm_0": "others use the output of Conv_0 too, and an activation (max) comes after it",
-        "BatchNorm_2": "others use its input too, and an activation (max) comes after it",
-        "BatchNorm_4": "others use its input too, and an activation (max) comes after it",
-        "BatchNorm_5": "add comes before it, and an activation (max) comes after it",
+    places = re.findall(r"at (\S+):\d+", str(folded.report))
+    assert set(places) == {"networks.py"}  # in this network's code, not within the layers
+    assert {n.path: re.sub(r" at \S+", " at PLACE", n.reason) for n in folded.report.stayed} == {
+        "BatchNorm_0": "the output of Conv_0 is used by add at PLACE too, and an activation (max) comes after it",
+        "BatchNorm_2": "its input is used by BatchNorm_4 at PLACE too, and an activation (max) comes after it",
+        "BatchNorm_4": "its input is used by BatchNorm_2 at PLACE too, and an activation (max) comes after it",
+        "BatchNorm_5": "add at PLACE comes before it, and an activation (max) comes after it",
     }
 
 
@@ -213,7 +219,12 @@ def test_norms_go_into_a_convolution_after_them_that_does_not_pad(groups, rng):
     x = images(rng, channels=4)
     assert_folds(apply, v, x, 1)
     folded = surgery.fold(lambda v, x: apply(v, x, "SAME"), v, x)
-    assert str(folded.report) == "a  stayed: sin comes before it, and w after it pads with zeros"
+    (norm,) = folded.report.stayed
+    assert re.fullmatch(
+        r"sin at test_surgery_fold\.py:\d+ comes before it, and w after it pads with zeros", norm.reason
+    )
+    assert str(folded.report).endswith(f"\nTo fold more: {norm.remedy}.")
+    assert norm.remedy.startswith("pad before the norm")
     scaled = surgery.fold(lambda v, x: conv(jnp.sin(x) * v["a"]["scale"], v["w"], feature_group_count=groups), v, x)
     assert_gone(scaled, x, 1)
 
@@ -270,10 +281,13 @@ def test_norms_in_calls(call, rng):
 REASONS = {
     "shared": (lambda v, x: jnp.sin(affine(v, "a", x @ v["w"])) @ v["w"], "others use the weights of w too"),
     "branch": (lambda v, x: (jnp.sin(affine(v, "a", x @ v["w"])), x @ v["w"])[0], None),
-    "branches": (lambda v, x: (lambda y: y + jnp.sin(affine(v, "a", y)))(x @ v["w"]), "others use the output of w too"),
+    "branches": (
+        lambda v, x: (lambda y: y + jnp.sin(affine(v, "a", y)))(x @ v["w"]),
+        "the output of w is used by add at",
+    ),
     "branch before": (
         lambda v, x: (lambda y: jnp.cos(y) + jnp.sin(affine(v, "a", y)))(x @ v["w"]),
-        "others use the output of w too",
+        "the output of w is used by cos at",
     ),
     "activation": (lambda v, x: jnp.sin(affine(v, "a", nn.relu(x @ v["w"]))), "an activation (max) comes before it"),
     "inputs": (lambda v, x: jnp.sin(affine(v, "a", x @ x.T)), "dot_general with weights that depend on the inputs"),
@@ -299,7 +313,7 @@ def test_norms_in_loops_stay_and_are_reported(rng):
         return lax.scan(lambda x, v: (jnp.sin(affine(v, "a", x @ v["w"])), None), x, v)[0]
 
     folded = surgery.fold(apply, v, array(rng, 2, 4))
-    assert str(folded.report) == "a  stayed: it is in a scan"
+    assert re.match(rf"a  stayed: it is in a scan at {HERE}:\d+\nTo fold more: ", str(folded.report))
     assert folded.variables.keys() == {"w", "a/mean", "a/var", "a/scale", "a/bias"}
 
 
@@ -375,3 +389,54 @@ def test_random_affine_programs(rng):
         assert [e.primitive.name for e in eqns] in (["dot_general", "add"], ["dot_general"]), chain
         expected = jax.jit(apply)(v, x)
         assert jnp.allclose(folded.apply(folded.variables, x), expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
+
+
+OF_THE_BATCH = {
+    "broadcast": lambda y, b: y + jnp.broadcast_to(b, y.shape),
+    "zeros": lambda y, b: y + (jnp.zeros_like(y) + b),
+    "tile": lambda y, b: y + jnp.tile(b, (y.shape[0], 1)),
+    "repeat": lambda y, b: y + jnp.repeat(b[None], y.shape[0], 0),
+    "state": lambda y, b: y + jnp.tanh(jnp.ones((y.shape[0], 1)) * b) @ jnp.diag(b),
+}
+
+
+@pytest.mark.parametrize("how", OF_THE_BATCH)
+@pytest.mark.parametrize("first", [1, 3])
+def test_what_is_made_in_the_size_of_the_batch_does_not_fix_it(how, first, rng):
+    """Haiku adds ``broadcast_to(b, out.shape)`` in every linear layer; a dummy input has one example."""
+    v = {"w": array(rng, 3, 4), "a": statistics(rng, 4), "b": array(rng, 4)}
+    x = array(rng, 5, 3)
+
+    def apply(v, x):
+        return OF_THE_BATCH[how](jnp.sin(affine(v, "a", x @ v["w"])), v["b"])
+
+    folded = surgery.fold(apply, v, x[:first])
+    assert len(folded.report.folded) == 1
+    for n in (1, 3, 5):
+        assert_same(apply, v, x[:n], folded)
+
+
+def test_folding_takes_time_in_proportion_to_depth(rng, monkeypatch):
+    """Counted, not timed: how often steps are looked at, for residual blocks of separable convolutions."""
+    looked = []
+    for module in (_fold, _report, _chains):
+        for name in ("as_linear", "arithmetic"):
+            if hasattr(module, name):
+                original = getattr(module, name)
+                monkeypatch.setattr(module, name, lambda step, f=original: looked.append(step) or f(step))
+
+    def count(depth):
+        v = [{"d": array(rng, 3, 3, 1, 4), "w": array(rng, 1, 1, 4, 4), "a": statistics(rng, 4)} for _ in range(depth)]
+
+        def apply(v, x):
+            for p in v:
+                y = conv(conv(x, p["d"], feature_group_count=4), p["w"])
+                x = x + nn.relu(affine(p, "a", y))
+            return x
+
+        looked.clear()
+        folded = surgery.fold(apply, v, array(rng, 1, 4, 4, 4))
+        assert len(folded.report.folded) == depth
+        return len(looked)
+
+    assert count(20) < 2.2 * count(10)

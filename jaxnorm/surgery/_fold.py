@@ -22,7 +22,7 @@ from jaxnorm.surgery._chains import (
     shifts,
     spread_out,
 )
-from jaxnorm.surgery._program import INPUTS, VARIABLES, Program, Step, Value, evaluate
+from jaxnorm.surgery._program import INPUTS, MOVES, VARIABLES, Program, Step, Value, evaluate
 from jaxnorm.surgery._report import FoldedNorm, Report
 
 
@@ -79,13 +79,18 @@ def fold(apply: Callable[..., Any], variables: Any, *inputs: Any) -> Folded:
     """
     paths, leaves = _flatten(variables)
     structs = jax.tree.structure(variables), [_struct("variables", leaf) for leaf in leaves]
-    plan = _Plan(apply, structs, paths, jax.tree.map(partial(_struct, "inputs"), inputs))
+    given = jax.tree.map(partial(_struct, "inputs"), inputs)
+    plan = _Plan(apply, structs, paths, given)
     plans = {_signature(inputs): plan}
+    _make_independent_of_batch(plan, lambda inputs: _Plan(apply, structs, paths, inputs), given)
 
     def folded_apply(variables, *inputs):
         key = _signature(inputs)
         if key not in plans:
             new = _Plan(apply, structs, paths, jax.tree.map(partial(_struct, "inputs"), inputs))
+            for names in plan.later:
+                new.leave_out(names)
+            _agree(new.differ, plan, [new])
             if new.structs != plan.structs:
                 raise ValueError("fold: the program for inputs of these shapes has other variables; fold for them too.")
             plans[key] = new
@@ -106,9 +111,23 @@ class _Plan:
         arguments = [Value(a, d, leaves=ls) for a, (d, ls) in zip(closed.in_avals, kinds, strict=True)]
         self.program = Program(closed, arguments)
         self.report = _fold_program(self.program)
-        self.early, self.late = self.program.split()
+        self.later: list[set[str]] = []
+        self._late: set[Value] = set()
+        self.leave_out(set())
+
+    def leave_out(self, names: set[str]) -> None:
+        """Compute these of the values that were computed beforehand with the rest."""
+        if names:
+            self.later.append(names)
+            self._late |= {v for name, v in zip(self.names, self.early, strict=True) if name in names}
+        self.early, self.late = self.program.split(self._late)
         self.names = _report.names(self.early)
         self.structs = {name: (v.shape, v.dtype) for name, v in zip(self.names, self.early, strict=True)}
+
+    def differ(self, other: "_Plan") -> set[str]:
+        """The variables that have another shape in a program for other inputs."""
+        same = set(self.names) == set(other.names)
+        return {name for name in self.names if self.structs[name] != other.structs[name]} if same else set()
 
     def prepare(self, leaves: Sequence[Any]) -> dict[str, jax.Array]:
         """The variables of the folded program."""
@@ -130,6 +149,34 @@ class _Plan:
         known = {v: variables[name] for name, v in zip(self.names, self.early, strict=True)}
         known |= dict(zip(self.program.inputs, jax.tree.leaves(inputs), strict=True))
         return jax.tree.unflatten(self.tree, evaluate(self.late, known, self.program.outputs))
+
+
+def _make_independent_of_batch(plan: _Plan, make: Callable[[Any], _Plan], inputs: Any) -> None:
+    """Compute with the rest what is made of variables in the size of the batch, as a bias that is broadcast to it.
+
+    What that is shows a program for another size, where there is one.
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    sizes = {leaf.shape[0] for leaf in leaves if leaf.shape}
+    made = [v for v in plan.early if v.step is not None and v.step.name != "folded"]
+    if len(sizes) != 1 or not any(sizes & set(v.shape) for v in made):
+        return
+    (size,) = sizes
+    shapes = [(size + 1, *leaf.shape[1:]) if leaf.shape else () for leaf in leaves]
+    others = [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)]
+    try:
+        other = make(tree.unflatten(others))
+    except Exception:  # a model for batches of one size
+        return
+    _agree(plan.differ, other, [plan, other])
+
+
+def _agree(differ: Callable[[_Plan], set[str]], other: _Plan, plans: Sequence[_Plan]) -> None:
+    """Let ``plans`` leave out what differs, as long as that changes something."""
+    before = None
+    while (names := differ(other)) and before != (before := [plan.early for plan in plans]):
+        for plan in plans:
+            plan.leave_out(names)
 
 
 def _flatten(variables: Any) -> tuple[list[tuple[str, ...]], list[Any]]:
@@ -155,22 +202,22 @@ def _fold_program(program: Program) -> Report:
     """Rewrite ``program``: first into what comes before, then into what comes after, then what that left to merge."""
     found: list[FoldedNorm] = []
     for attempt in (_fold_forward, _fold_backward, _fold_forward):
-        for step in list(program.steps):
-            linear = as_linear(step) if step in program.steps else None
+        for step in program.steps:
+            linear = as_linear(step) if step in program else None
             if linear is not None:
                 found += attempt(program, linear)
+        program.settle()
     return Report(tuple(sorted(found + _report.stayed(program), key=lambda norm: norm.order)))
 
 
 def _fold_forward(program: Program, linear: Linear) -> list[FoldedNorm]:
     """Fold the chain after ``linear`` into it."""
-    if _report.base(linear.weights) in _report.shared(program):
+    if _report.is_shared(program, linear.weights):
         return []
-    uses, readers = program.uses(), {v: step for step in program.steps for v in step.inputs}
     value, dims = linear.step.output, linear.out_dims
     links: list[Link] = []
     ends: tuple[int, Dims] = (0, dims)
-    while uses[value] == 1 and value in readers and (found := next_link(readers[value], value, dims)):
+    while (reader := _only_reader(program, value)) and (found := next_link(reader, value, dims)):
         link, dims = found
         links.append(link)
         value = link.step.output
@@ -192,14 +239,13 @@ def _fold_forward(program: Program, linear: Linear) -> list[FoldedNorm]:
 def _fold_backward(program: Program, linear: Linear) -> list[FoldedNorm]:
     """Fold the chain before ``linear`` into it and into all else that reads the end of the chain."""
     end = _strip_moves(program, linear)
-    group = [other for other in map(as_linear, program.steps) if other and _strip_moves(program, other) is end]
-    if program.uses()[end] != len(group):
+    group = _readers_through_moves(program, end)
+    if program.uses[end] != len(group):
         return []
     chains = [_chain_before(program, other, end) for other in group]
-    weights_shared = _report.shared(program)
     for other, (links, _) in zip(group, chains, strict=True):
         arithmetic = [link for link in links if link.kind != "move"]
-        if not is_norm(arithmetic) or (other.pads and shifts(links)) or _report.base(other.weights) in weights_shared:
+        if not is_norm(arithmetic) or (other.pads and shifts(links)) or _report.is_shared(program, other.weights):
             return []
         if len(arithmetic) != sum(link.kind != "move" for link in chains[0][0]):
             return []
@@ -213,9 +259,26 @@ def _fold_backward(program: Program, linear: Linear) -> list[FoldedNorm]:
     return _report.folded(chains[0][0], group)
 
 
+def _only_reader(program: Program, value: Value) -> Step | None:
+    return next(iter(program.readers[value]), None) if program.uses[value] == 1 else None
+
+
+def _readers_through_moves(program: Program, end: Value) -> list[Linear]:
+    """The linear operations whose data is ``end``, moved or not."""
+    group: list[Linear] = []
+    for reader in program.readers[end]:
+        step: Step | None = reader
+        while step is not None and as_linear(step) is None:
+            step = _only_reader(program, step.output) if step.name in MOVES else None
+        linear = as_linear(step) if step is not None else None
+        if linear is not None and _strip_moves(program, linear) is end:
+            group.append(linear)
+    return group
+
+
 def _strip_moves(program: Program, linear: Linear) -> Value:
     """The data of ``linear``, before what only moves it there."""
-    uses, value, dims = program.uses(), linear.data, linear.in_dims
+    uses, value, dims = program.uses, linear.data, linear.in_dims
     while uses[value] == 1 and (found := last_link(value, dims)) and found[0].kind == "move":
         _, value, dims = found
     return value
@@ -223,7 +286,7 @@ def _strip_moves(program: Program, linear: Linear) -> Value:
 
 def _chain_before(program: Program, linear: Linear, end: Value) -> tuple[list[Link], Value]:
     """The chain before ``linear``, from its first arithmetic on, and what it starts from."""
-    uses, value, dims = program.uses(), linear.data, linear.in_dims
+    uses, value, dims = program.uses, linear.data, linear.in_dims
     links: list[Link] = []
     best: tuple[int, Value] = (0, value)
     while (value is end or uses[value] == 1) and (found := last_link(value, dims)):
@@ -242,10 +305,8 @@ def _constants(links: Sequence[Link]) -> list[Value]:
     return [link.constant for link in links if link.constant is not None]
 
 
-def _made(inputs: Sequence[Value], run: Callable[..., jax.Array], label: tuple[str, ...]) -> Step:
+def _made(inputs: Sequence[Value], aval: Any, run: Callable[..., jax.Array], label: tuple[str, ...]) -> Step:
     """A step that computes one constant from others."""
-    structs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
-    aval = jax.make_jaxpr(run)(*structs).out_avals[0]
     return Step("folded", inputs, [aval], lambda *args: [run(*args)], params={"label": label})
 
 
@@ -261,14 +322,16 @@ def _folded_weights(linear: Linear, links: Sequence[Link], after: bool) -> Step:
         a, _ = compose(links, constants, kernel.ndim, accumulator)
         return (kernel.astype(accumulator) * (a if after else linear.spread_groups(a))).astype(dtype)
 
-    return _made([wide, *constants], run, _report.label(linear, "kernel"))
+    return _made([wide, *constants], linear.weights.aval, run, _report.label(linear, "kernel"))
 
 
 def _relinear(linear: Linear, data: Value, weights: Step) -> Step:
     """``linear`` with other operands."""
     old, inputs = linear.step, [data, data]
     inputs[linear.kernel] = weights.output
-    return Step(old.name, inputs, [old.output.aval], old.run, params=old.params, scope=old.scope, source=old.source)
+    return Step(
+        old.name, inputs, [old.output.aval], old.run, params=old.params, scope=old.scope, source_info=old.source_info
+    )
 
 
 def _replay(value: Value, links: Sequence[Link], dtype: Any) -> list[Step]:
@@ -293,13 +356,15 @@ def _shifted(linear: Linear, links: Sequence[Link], dims: Dims, value: Value, af
     constants = _constants(links)
     inputs = constants if after else [linear.weights, *constants]
     accumulator, rank = _accumulator(inputs), len(linear.weights.shape)
+    shape = tuple(1 if dim is None else linear.weights.shape[dim] for dim in dims)
 
     def run(*args):
         _, b = compose(links, args if after else args[1:], rank, accumulator)
         if not after:
             summed = tuple(a for a in range(rank) if a not in linear.out_dims)
             b = jnp.sum(args[0].astype(accumulator) * linear.spread_groups(b), summed, keepdims=True)
-        return spread_out(b, dims).astype(value.dtype)
+        return jnp.broadcast_to(spread_out(b, dims), shape).astype(value.dtype)
 
-    made = _made(inputs, run, _report.label(linear, "shift"))
+    aval = linear.weights.aval.update(shape=shape, dtype=value.dtype)
+    made = _made(inputs, aval, run, _report.label(linear, "shift"))
     return [made, Step("add", [value, made.output], [value.aval], lambda x, b: [x + b])]

@@ -1,14 +1,15 @@
 """What is said of norms that were folded, or were not."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxnorm.surgery._chains import Linear, Link, arithmetic, as_linear
-from jaxnorm.surgery._program import INPUTS, MOVES, VARIABLES, Program, Step, Value
+from jaxnorm.surgery._program import INPUTS, MOVES, VARIABLES, Program, Step, Value, base
 
-_REARRANGEMENTS = ("convert_element_type", "transpose", "reshape", "squeeze", "rev", "broadcast_in_dim")
 ACTIVATIONS = {"max", "min", "logistic", "tanh", "erf", "erfc", "exp", "clamp", "select_n", "custom_jvp_call"}
 
 
@@ -21,6 +22,7 @@ class FoldedNorm(NamedTuple):
       into: the layers that it went into; empty if it stayed.
       reason: why it stayed; empty if it did not.
       order: its place in the program.
+      remedy: what would let it be folded; empty if it was.
     """
 
     path: str
@@ -28,6 +30,7 @@ class FoldedNorm(NamedTuple):
     into: tuple[str, ...]
     reason: str
     order: int
+    remedy: str = ""
 
 
 class Report(NamedTuple):
@@ -55,26 +58,13 @@ class Report(NamedTuple):
         width = max((len(n.path) for n in self.norms), default=0)
         rows = [f"folded into {', '.join(n.into)}" if n.into else f"stayed: {n.reason}" for n in self.norms]
         lines = [f"{n.path:{width}}  {row}" for n, row in zip(self.norms, rows, strict=True)]
-        return "\n".join(lines) or "no norms found"
+        remedies = dict.fromkeys(n.remedy for n in self.norms if n.remedy)
+        return "\n".join([*lines, *(f"To fold more: {remedy}." for remedy in remedies)]) or "no norms found"
 
 
-def shared(program: Program) -> set[Value]:
-    """Variables, rearranged or not, that more than one operation reads as its weights."""
-    seen: set[Value] = set()
-    twice: set[Value] = set()
-    for step in program.steps:
-        for value in (
-            {base(v) for v in step.inputs if v.depends == VARIABLES} if step.output.depends > VARIABLES else ()
-        ):
-            (twice if value in seen else seen).add(value)
-    return twice
-
-
-def base(value: Value) -> Value:
-    """The variable of which ``value`` is a rearrangement."""
-    while value.step is not None and value.step.name in _REARRANGEMENTS:
-        value = value.step.inputs[0]
-    return value
+def is_shared(program: Program, weights: Value) -> bool:
+    """Whether more than one operation reads a variable, rearranged or not, as its weights."""
+    return program.weight_uses[base(weights)] > 1
 
 
 def path_of(keys: Any) -> tuple[str, ...]:
@@ -86,13 +76,14 @@ def path_of(keys: Any) -> tuple[str, ...]:
 def names(values: Sequence[Value]) -> list[str]:
     """A name for each value: of the variable that it is or is made of."""
     found: list[str] = []
+    taken: Counter[str] = Counter()
     for value in values:
         path = value.step.params.get("label") if value.step is not None else None
         if path is None:
             path = next(iter(value.leaves)) if len(value.leaves) == 1 else (_run(value.leaves), "constant")
         path = "/".join(path)
-        taken = sum(name == path or name.startswith(f"{path}:") for name in found)
-        found.append(f"{path}:{taken}" if taken else path)
+        found.append(f"{path}:{taken[path]}" if taken[path] else path)
+        taken[path] += 1
     return found
 
 
@@ -116,10 +107,14 @@ def folded(links: Sequence[Link], into: Sequence[Linear]) -> list[FoldedNorm]:
 
 def stayed(program: Program) -> list[FoldedNorm]:
     """The norms that are still in ``program``, and why."""
-    norms = [group.norm((), _reason(program, group)) for group in _norms(program)]
+    norms = []
+    for group in _norms(program):
+        reason, remedy = _reason(program, group)
+        norms.append(group.norm((), reason)._replace(remedy=remedy))
     for step in program.steps:
         for body in program.bodies(step):
-            norms += [norm._replace(reason=f"it is in a {step.name}", order=step.order) for norm in stayed(body)]
+            why = {"reason": f"it is in a {_describe(step)}", "order": step.order, "remedy": _UNROLL}
+            norms += [norm._replace(**why) for norm in stayed(body)]
     return norms
 
 
@@ -193,19 +188,32 @@ def _contains(path: tuple[str, ...], run: tuple[str, ...]) -> bool:
 
 
 def _layer(step: Step, weights: Value) -> str:
-    return _run(base(weights).leaves) or step.scope or step.source
+    made = base(weights).step
+    leaves = base(weights).leaves if made is None or "label" not in made.params else {made.params["label"]}
+    return _run(leaves) or step.scope or step.source
 
 
-def _reason(program: Program, group: _Group) -> str:
-    """Why neither what comes before nor what comes after could take a norm."""
-    uses = program.uses()
+_PADS, _SHARED = "pads with zeros", "others use the weights of"
+_UNROLL = "write the loop or the choice out, as by nn.scan(..., unroll=length) for the call that is folded"
+_NEIGHBOURS = "norms go into a linear layer directly before them, or into those directly after them that do not pad"
+
+
+def _reason(program: Program, group: _Group) -> tuple[str, str]:
+    """Why neither what comes before nor what comes after could take a norm, and what would let one of them."""
+    uses = program.uses
     found = arithmetic(group.steps[0])
     assert found is not None
-    before, after = _why_not_before(program, found[1], uses), _why_not_after(program, group.steps[-1].output, uses)
-    return f"{before}, and {after}"
+    before = _why_not_before(program, found[1], uses, group)
+    after = _why_not_after(program, group.steps[-1].output, uses)
+    remedy = _NEIGHBOURS
+    if _PADS in after:
+        remedy = "pad before the norm and let the layer after it not pad, or normalize after that layer"
+    elif _SHARED in before + after:
+        remedy = "give layers that share weights their own"
+    return f"{before}, and {after}", remedy
 
 
-def _why_not_before(program: Program, value: Value, uses: Any) -> str:
+def _why_not_before(program: Program, value: Value, uses: Any, group: _Group) -> str:
     while True:
         step = value.step
         if step is None:
@@ -213,13 +221,13 @@ def _why_not_before(program: Program, value: Value, uses: Any) -> str:
         linear = as_linear(step)
         if linear is not None:
             name = _layer(step, linear.weights)
-            if base(linear.weights) in shared(program):
-                return f"others use the weights of {name} too"
-            return (
-                f"others use the output of {name} too" if uses[value] > 1 else f"it differs within a channel of {name}"
-            )
+            if is_shared(program, linear.weights):
+                return f"{_SHARED} {name} too"
+            if uses[value] > 1:
+                return f"the output of {name} is used by {_others(program, value, group)} too"
+            return f"it differs within a channel of {name}"
         if uses[value] > 1:
-            return "others use its input too"
+            return f"its input is used by {_others(program, value, group)} too"
         if step.name not in MOVES and arithmetic(step) is None:
             return f"{_describe(step)} comes before it"
         value = next(v for v in step.inputs if v.depends == INPUTS)
@@ -229,26 +237,36 @@ def _why_not_after(program: Program, value: Value, uses: Any) -> str:
     while True:
         if value in program.outputs:
             return "its output is returned"
-        readers = [step for step in program.steps if value in step.inputs]
+        readers = list(program.readers[value])
         linears = [linear for linear in map(as_linear, readers) if linear is not None and linear.data is value]
         if len(linears) == len(readers):
             padding = [_layer(linear.step, linear.weights) for linear in linears if linear.pads]
-            taken = [_layer(lin.step, lin.weights) for lin in linears if base(lin.weights) in shared(program)]
+            taken = [_layer(lin.step, lin.weights) for lin in linears if is_shared(program, lin.weights)]
             if padding:
-                return f"{', '.join(padding)} after it pads with zeros"
-            return (
-                f"others use the weights of {taken[0]} too" if taken else "it differs within a channel of what follows"
-            )
+                return f"{', '.join(padding)} after it {_PADS}"
+            return f"{_SHARED} {taken[0]} too" if taken else "it differs within a channel of what follows"
         if len(readers) > 1:
-            return "several operations use its output"
+            return f"several operations use its output: {', '.join(map(_describe, readers))}"
         if readers[0].name not in MOVES and arithmetic(readers[0]) is None:
             return f"{_describe(readers[0])} comes after it"
         value = readers[0].output
 
 
+def _others(program: Program, value: Value, group: _Group) -> str:
+    """The operations that read a value, but those of the norm; or the caller, to whom the program returns it."""
+    readers = [_describe(step) for step in program.readers[value] if step not in group.steps]
+    return " and ".join(dict.fromkeys(readers)) or "the caller"
+
+
 def _describe(step: Step) -> str:
-    if step.name in ACTIVATIONS:
-        return f"an activation ({step.name})"
-    if step.name in ("conv_general_dilated", "dot_general"):
-        return f"{step.name} with weights that depend on the inputs"
-    return step.name
+    """An operation, and where it is in the user's code."""
+    name, found = step.name, arithmetic(step)
+    if found is not None and found[2] is not None and found[2].leaves:
+        name = _run(found[2].leaves)
+    elif name in ACTIVATIONS:
+        name = f"an activation ({name})"
+    elif name in ("conv_general_dilated", "dot_general"):
+        linear = as_linear(step)
+        name = _layer(step, linear.weights) if linear else f"{name} with weights that depend on the inputs"
+    place = re.match(r".*?([^/:]+:\d+)", step.source)
+    return f"{name} at {place[1]}" if place else name
