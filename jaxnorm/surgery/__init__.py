@@ -1,7 +1,7 @@
 """Working on a trained model: fold, convert, freeze, swap, inspect, recalibrate, adapt."""
 
 from jaxnorm.surgery._causes import Finding
-from jaxnorm.surgery._convert import CONVENTIONS, Convention, Converted, convert
+from jaxnorm.surgery._convert import CONVENTIONS, Convention, Converted, ConvertedNorms, convert, convert_norms
 from jaxnorm.surgery._fold import Folded, fold
 from jaxnorm.surgery._freeze import freeze, frozen, frozen_mask, unfreeze
 from jaxnorm.surgery._inspect import Inspection, NormState, inspect
@@ -13,6 +13,7 @@ __all__ = [
     "CONVENTIONS",
     "Convention",
     "Converted",
+    "ConvertedNorms",
     "Finding",
     "Folded",
     "FoldedNorm",
@@ -21,6 +22,7 @@ __all__ = [
     "Report",
     "adapt",
     "convert",
+    "convert_norms",
     "fold",
     "freeze",
     "frozen",

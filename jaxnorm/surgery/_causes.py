@@ -5,6 +5,7 @@ of the squared distance of the means, in deviations, and of the squared logarith
 is found where it explains at least four fifths of the distance between averages and batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from jaxnorm import Moments
 
-EXPLAINED, STALE = 0.2, "stale"
-NAMES = ("own", "other", "single")
+EXPLAINED, STALE, AVERAGED = 0.2, "stale", "averaged weights"
+ENOUGH = 32
+"""How many examples a batch must have to be compared with the averages."""
+NAMES = ("single",)
 
 REMEDIES = {
     "never updated": "train with the collection mutable and its updates kept, or recalibrate",
@@ -25,6 +28,7 @@ REMEDIES = {
     "scaled differently": "prepare the inputs of evaluation as those of training",
     "batch of one": "larger batches, statistics over several devices (axis_name), or group norm",
     "not synchronized": "name the axis of the devices (axis_name), or average batch_stats over them",
+    AVERAGED: "recalibrate after averaging the weights (EMA, SWA): the statistics are of those before",
     STALE: "recalibrate on data such as this, or freeze the norms earlier in training",
 }
 
@@ -33,9 +37,9 @@ class Finding(NamedTuple):
     """What is wrong with a norm, as `inspect` finds it: see its example.
 
     Attributes:
-      path: of the norm.
+      path: of the norm; "all norms" where it is all of them.
       cause: "never updated", "momentum too slow", "not finite", "wrong axis", "scaled differently", "batch of one",
-        "not synchronized" or "stale".
+        "not synchronized", "averaged weights" or "stale".
       seen: what says so.
       remedy: what to do.
     """
@@ -50,37 +54,36 @@ class Finding(NamedTuple):
 
 
 def of_input(x: jax.Array, features: tuple[int, ...], batch: Moments) -> dict[str, jax.Array]:
-    """What else tells causes apart, each in the shape of the features.
-
-    How unlike each other the features are, and how unlike each other what lies along any other axis but the first; and
-    the variance within single examples.
-    """
+    """What else tells causes apart, in the shape of the averages: the mean variance within single examples."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inner = tuple(a for a in range(1, x.ndim) if a not in features)
-    own = _unlikeness(x, features)
-    other = jnp.stack([jnp.zeros_like(own), *(_unlikeness(x, (a,)) for a in inner if x.shape[a] > 1)]).max()
     single = jnp.mean(jnp.var(x, inner), 0) if inner and 0 not in features else batch.var
-    values = zip(NAMES, (own, other, single), strict=True)
-    return {name: jnp.broadcast_to(value, batch.var.shape) for name, value in values}
-
-
-def _unlikeness(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The variance of the means along ``axes`` over the mean variance, and that of the logarithm of the variance."""
-    rest = tuple(a for a in range(x.ndim) if a not in axes)
-    mean, var = jnp.mean(x, rest), jnp.var(x, rest)
-    tiny = jnp.finfo(var.dtype).tiny
-    return jnp.var(mean) / (jnp.mean(var) + tiny) + jnp.var(jnp.log(var + 1e-6 * jnp.mean(var) + tiny))
+    return {"single": jnp.broadcast_to(single, batch.var.shape)}
 
 
 @dataclass
 class Seen:
-    """A norm: its settings, its averages, and what it saw of a batch, or None."""
+    """A norm: its settings, its averages, and what it saw of a batch, or None.
+
+    Attributes:
+      path: of the norm.
+      settings: of the norm.
+      averages: mean and var, if it has them.
+      batch: mean, var, count and `of_input` of the batch.
+      first: whether no norm is before it.
+      examples: how many the batch has.
+      features: axes of the features.
+      channels: axis of the channels of the layer before, where it is known.
+    """
 
     path: str
     settings: dict[str, Any]
     averages: dict[str, Any]
     batch: dict[str, np.ndarray] | None
     first: bool
+    examples: int = 0
+    features: tuple[int, ...] = ()
+    channels: int | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -152,8 +155,11 @@ def diagnose(seen: Seen) -> list[Finding]:
         causes.append(("not finite", f"in {bad} of {seen.mean.size} channels"))
     elif seen.never():
         causes.append(("never updated", "means are zero and variances one, as at initialization"))
-    if seen.batch is not None:
-        causes += _by_axis(seen.batch) or ([] if bad or seen.never() else _by_distance(seen))
+    if seen.channels is not None and seen.channels not in seen.features:
+        along = ", ".join(map(str, seen.features))
+        causes.append(("wrong axis", f"along {along}, and the layer before puts its channels along {seen.channels}"))
+    elif seen.batch is not None and seen.examples >= ENOUGH and not bad and not seen.never():
+        causes += _by_distance(seen)
     return [Finding(seen.path, cause, what, REMEDIES[cause]) for cause, what in causes]
 
 
@@ -165,18 +171,6 @@ def _unsynchronized(averages: dict[str, Any]) -> int:
     return len(whole) if any(not np.array_equal(whole[0], w, equal_nan=True) for w in whole[1:]) else 0
 
 
-def _by_axis(batch: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    own, other = float(batch["own"].flat[0]), float(batch["other"].flat[0])
-    if other < max(4 * own, 0.05):
-        return []
-    return [
-        (
-            "wrong axis",
-            f"what lies along another axis differs {other / max(own, 1e-30):.3g} times as much as the features",
-        )
-    ]
-
-
 def _by_distance(seen: Seen) -> list[tuple[str, str]]:
     """The cause that explains the distance between averages and batch best."""
     assert seen.batch is not None
@@ -185,7 +179,7 @@ def _by_distance(seen: Seen) -> list[tuple[str, str]]:
         return [("batch of one", "a batch holds one value of each feature")]
     drift, spread = seen.distance()
     ratios = np.log((var + seen.epsilon) / (seen.var + seen.epsilon)) / 2
-    if drift < max(0.25, 3 / np.sqrt(count.max())) and np.sqrt(np.mean(ratios**2)) < 0.2:
+    if drift < max(0.25, 3 / np.sqrt(seen.examples)) and np.sqrt(np.mean(ratios**2)) < 0.2:
         return []
     weight, far = seen.initial_weight(), seen.misfit(mean, var)
     scale = np.exp(np.mean(ratios))
@@ -203,3 +197,15 @@ def _by_distance(seen: Seen) -> list[tuple[str, str]]:
     best = min(fits, key=lambda cause: fits[cause])
     best = best if fits[best] < EXPLAINED * far else STALE
     return [(best, words[best])]
+
+
+def of_all(norms: Sequence[Seen], findings: Sequence[Finding]) -> Finding | None:
+    """What shows in all norms together: less variance than the averages say everywhere, by little in each."""
+    seen = [norm for norm in norms if norm.batch is not None and norm.averages and norm.examples >= ENOUGH]
+    if len(seen) < 2 or any(finding.cause != STALE or finding.path == seen[0].path for finding in findings):
+        return None
+    logs = np.log([norm.distance()[1] for norm in seen])
+    if not (logs < 0).all() or logs.mean() > -max(0.03, 0.7 / np.sqrt(seen[0].examples)):
+        return None
+    what = f"each sees less deviation than its averages say, {1 - np.exp(logs.mean()):.0%} in the mean"
+    return Finding("all norms", AVERAGED, what, REMEDIES[AVERAGED])

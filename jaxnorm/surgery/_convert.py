@@ -1,11 +1,15 @@
 """The same norm in other libraries: what its arrays are called, and what its settings mean."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from jaxnorm.surgery import _report
 
 KINDS = ("batch", "layer", "group", "instance", "rms")
 
@@ -70,12 +74,30 @@ CONVENTIONS = {
 """The same for all users; docs/conventions.md has it as a table."""
 
 
+_TORCH_SWITCHES = {"batch": "affine", "group": "affine", "instance": "affine", "layer": "elementwise_affine"}
+_EQUINOX_SWITCHES = ("use_weight", "use_bias")
+
+
+def _switches(library: str, kind: str) -> tuple[str | None, str | None]:
+    """The settings that say whether there is a scale, and a bias: one name for both, or None where there is none."""
+    if library == "torch":
+        both = _TORCH_SWITCHES.get(kind, "elementwise_affine")
+        return both, "bias" if kind == "layer" else None if kind == "rms" else both
+    if library == "haiku":
+        return "create_scale", None if kind == "rms" else "create_offset"
+    if library == "equinox":
+        return _EQUINOX_SWITCHES if kind in ("layer", "rms") else ("channelwise_affine",) * 2
+    if library == "keras":
+        return (None, None) if kind == "rms" else ("scale", "center")
+    return "use_scale", None if kind == "rms" else "use_bias"
+
+
 class Converted(NamedTuple):
     """A norm, as another library has it, made by `convert`: see its example.
 
     Attributes:
       variables: its arrays, under the names of that library.
-      settings: its settings, under the names of that library, none left to a default.
+      settings: its settings, under the names of that library: all that differ from its defaults, momentum and epsilon.
       updates: how often its running averages were updated, if known.
       notes: what that library cannot express.
     """
@@ -108,8 +130,10 @@ def convert(
       source: the library that they come from: torch, jaxnorm.linen, jaxnorm.nnx, flax.linen, flax.nnx, haiku, equinox
         or keras.
       target: the library to convert to, likewise.
-      kind: "batch", "layer", "group", "instance" or "rms".
-      prefix: of the names of this layer, where ``values`` are those of a whole network.
+      kind: "batch", "layer", "group", "instance" or "rms". An instance norm with running averages, as PyTorch's with
+        ``track_running_stats=True``, is `TrackedInstanceNorm` in jaxnorm.
+      prefix: the path of the layer, where ``values`` are those of a whole network; all of them are moved by
+        `convert_norms`.
       updates: how often the running averages were updated, where ``values`` do not say.
       batch_values: how many values of each feature a batch had: what a cumulative average weighs batches by.
       ndim: rank of the input, for Haiku, whose batch norms have parameters of that rank.
@@ -120,8 +144,8 @@ def convert(
       `Converted`.
 
     Raises:
-      ValueError: names that ``source`` does not have, of which the message says which there are; or a setting that is
-        missing.
+      ValueError: names that ``source`` does not have, of which the message says which there are; a prefix that fits no
+        layer or several; or a setting that is missing.
 
     Example:
       >>> import numpy as np
@@ -144,10 +168,25 @@ def convert(
     if kind == "batch" and not {"mean", "var"} <= set(arrays):
         raise ValueError(f"convert: a batch norm of {source} has {old.mean} and {old.var}; got {_listed(values)}.")
     notes: list[str] = []
-    alpha, translated = _settings(settings, source, target, kind, notes)
+    tracked = kind == "instance" and {"mean", "var"} <= set(arrays)
+    if tracked and target not in ("torch", "jaxnorm.linen", "jaxnorm.nnx"):
+        notes.append(f"{target} has no instance norm with running averages: they are left out, evaluation differs.")
+        arrays = {name: a for name, a in arrays.items() if name in ("scale", "bias")}
+        tracked = False
+    averaged = "batch" if kind == "batch" or tracked else kind
+    arrays, switches = _affine(arrays, settings, source, target, kind, notes)
+    settings = {name: value for name, value in settings.items() if name not in _switches(source, kind)}
+    if kind == "instance":
+        settings.pop("track_running_stats", None)
+    alpha, translated = _settings(settings, source, target, averaged, notes)
+    translated |= switches
+    if tracked and target == "torch":
+        translated["track_running_stats"] = True
+    elif tracked:
+        notes.append(f"the layer is {target}.TrackedInstanceNorm, which evaluates by its running averages.")
     if "updates" in arrays:
         updates = int(arrays.pop("updates"))
-    if kind == "batch":
+    if averaged == "batch":
         arrays = _averages(arrays, source, target, alpha, updates, batch_values)
     variables = _write(arrays, target, kind)
     if (kind, target) == ("batch", "haiku"):
@@ -157,26 +196,62 @@ def convert(
     return Converted(variables, translated, updates, tuple(notes))
 
 
+_COLLECTIONS = ("params", "batch_stats", "state")
+
+
 def _read(values: Mapping[str, Any], source: str, prefix: str) -> dict[str, Any]:
     """Arrays by the names that they have here."""
-    known = _names(source)
-    found: dict[str, Any] = {}
-    unknown: list[str] = []
-    layer = tuple(_split(prefix)) if prefix else ()
+    known, found, unknown = _names(source), dict[str, Any](), list[str]()
+    layer, modules = tuple(p for p in _split(prefix) if p != "~") if prefix else (), set[str]()
     for path, value in _flatten(values):
-        place = next((i for i in range(len(path)) if path[i : i + len(layer)] == layer), None)
-        if place is None:
+        path = tuple(p for p in path if p != "~")
+        outer = path[:1] if path[0] in _COLLECTIONS else ()
+        if path[len(outer) :][: len(layer)] != layer:
             continue
-        own = tuple(p for p in path[:place] + path[place + len(layer) :] if p != "~")
-        fitting = [name for name in known if own[-len(name) :] == name or name[-len(own) :] == own]
-        if len(fitting) == 1:
-            found[known[fitting[0]]] = _array(value)
+        own = path[len(outer) + len(layer) :]
+        fits = ((name, i) for i in range(len(own)) for name in known if _fits((*outer, *own[i:]), own[i:], name))
+        name, inner = next(fits, (None, 0))
+        if name is not None:
+            modules.add("/".join(own[:inner]))
+            found[known[name]] = _array(value)
         elif source != "haiku" or own[-1] not in ("hidden", "counter"):  # those follow from what else there is
             unknown.append("/".join(own))
+    if len(modules) > 1:
+        rule = "prefix must be the path of one norm; convert_norms converts all"
+        raise ValueError(f"convert: {rule}; got {prefix!r}, under which there are {', '.join(sorted(modules))}.")
     if unknown or not found:
         names = ", ".join("/".join(name) for name in known)
         raise ValueError(f"convert: a norm of {source} has {names}; got {', '.join(unknown) or _listed(values)}.")
     return found
+
+
+def _fits(whole: tuple[str, ...], own: tuple[str, ...], name: tuple[str, ...]) -> bool:
+    """Whether an array has this name, its collection included, or left out."""
+    return whole == name or own == name or (name[0] in _COLLECTIONS and own == name[1:])
+
+
+def _affine(
+    arrays: dict[str, Any], given: dict[str, Any], source: str, target: str, kind: str, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scale and bias as ``target`` has them, and the settings that say so where they are not its defaults."""
+    switches = _switches(target, kind)
+    has = {"scale": "scale" in arrays, "bias": "bias" in arrays}
+    for name, setting in zip(has, _switches(source, kind), strict=True):
+        if setting in given and bool(given[setting]) != has[name] and not (source == "torch" and name == "bias"):
+            raise ValueError(f"convert: {setting}={given[setting]} does not fit: the arrays are {', '.join(arrays)}.")
+    if switches[0] == switches[1] is not None and has["scale"] != has["bias"]:  # both or neither
+        made, there = ("bias", "scale") if has["scale"] else ("scale", "bias")
+        fill = np.zeros if made == "bias" else np.ones
+        arrays = arrays | {made: fill(np.shape(arrays[there]), arrays[there].dtype)}
+        filled = "zeros" if made == "bias" else "ones"
+        notes.append(f"{target} has scale and bias, or neither: the {made} is made of {filled}.")
+        has = {"scale": True, "bias": True}
+    default = {"scale": True, "bias": True}
+    if target == "torch" and kind == "instance":
+        default = {"scale": False, "bias": False}
+    if target == "haiku":
+        default = {"scale": None, "bias": None}  # always to be said
+    return arrays, {s: has[n] for n, s in zip(has, switches, strict=True) if s is not None and has[n] != default[n]}
 
 
 def _names(library: str) -> dict[tuple[str, ...], str]:
@@ -307,3 +382,130 @@ def _write(arrays: dict[str, Any], target: str, kind: str) -> dict[str, Any]:
             inner = inner.setdefault(part, {})
         inner[last] = value
     return written
+
+
+class ConvertedNorms(NamedTuple):
+    """All norms of a network, moved by `convert_norms`: see its example.
+
+    Attributes:
+      variables: those of the Linen model, or the state of the NNX model, with the arrays of the other network.
+      moved: by the path of the norm here, its path there.
+      settings: by the path of the norm here, the settings that it should have.
+      notes: what could not be expressed, with the path.
+    """
+
+    variables: Any
+    moved: dict[str, str]
+    settings: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.moved.values()), default=0)
+        return "\n".join([f"{there:{width}}  {here}" for here, there in self.moved.items()] + list(self.notes))
+
+
+def convert_norms(
+    state_dict: Mapping[str, Any],
+    model: Any,
+    *,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> ConvertedNorms:
+    """Move all norms of a PyTorch network into a Linen or NNX model.
+
+    A batch norm there is what has a running mean. Another norm is what has a ``weight`` of one axis where the model
+    here has a scale of that shape.
+
+    Args:
+      state_dict: of the PyTorch network: arrays or tensors by name.
+      model: the variables of a Linen model, or an NNX module, which is not changed.
+      rename: the path here for a path there, as {"bn1": "BatchNorm_0"}; or a function of the path; None where both have
+        the same paths but for "." and "/".
+      kinds: by path there, "layer", "group", "instance" or "rms" for norms that are not batch norms. Only needed where
+        settings matter: it decides the default epsilon.
+      **settings: of the norms there, as for `convert`.
+
+    Returns:
+      `ConvertedNorms`; ``print`` shows which norm went where.
+
+    Raises:
+      ValueError: a norm there has no place here, or one here gets none, both with the names that there are; or shapes
+        differ. Nothing is converted then.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from flax import linen as nn
+      >>> from jaxnorm import surgery
+      >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> state = {"bn1.weight": np.ones(2), "bn1.bias": np.zeros(2), "fc.weight": np.ones((2, 2))}
+      >>> state |= {"bn1.running_mean": np.full(2, 3.0), "bn1.running_var": np.ones(2)}
+      >>> moved = surgery.convert_norms(state, variables, rename={"bn1": "layers_1"})
+      >>> print(moved)
+      bn1  layers_1
+      >>> moved.variables["batch_stats"]["layers_1"]["mean"].tolist()
+      [3.0, 3.0]
+    """
+    is_nnx = isinstance(model, nnx.Module)
+    library = "jaxnorm.nnx" if is_nnx else "jaxnorm.linen"
+    variables = nnx.state(model) if is_nnx else model
+    flat = {path: leaf for path, leaf in _flatten(nnx.to_pure_dict(variables) if is_nnx else variables)}
+    here = _norms_of(flat)
+    there = _norms_of_torch(state_dict, set(np.shape(a["scale"]) for a in here.values() if "scale" in a))
+    place = rename.get if isinstance(rename, Mapping) else rename or (lambda path: path.replace(".", "/"))
+    wanted = {path: place(path) for path in there}
+    lost = [path for path, to in wanted.items() if to not in here]
+    left = sorted(set(here) - set(wanted.values()))
+    twice = len(set(wanted.values())) < len(wanted)
+    if lost or left or twice:
+        rule = "rename must give every norm a place of its own"
+        raise ValueError(
+            f"convert_norms: {rule}; without one are {', '.join(lost) or 'none'} there,"
+            f" and {', '.join(left) or 'none'} here, where there are {', '.join(sorted(here))}."
+        )
+    new, found, notes = dict[tuple[str, ...], Any](), dict[str, dict[str, Any]](), list[str]()
+    for path, to in wanted.items():
+        kind = (kinds or {}).get(path) or ("batch" if "running_mean" in there[path] else "layer")
+        converted = convert(there[path], "torch", library, kind=kind, **settings)
+        found[to] = converted.settings
+        notes += [f"{to}: {note}" for note in converted.notes]
+        for (*collection, name), value in _flatten(converted.variables):
+            key = (*collection, *(_split(to) if to else ()), name)
+            have = np.shape(flat[key]) if key in flat else "there is none"
+            if have != np.shape(value):
+                rule = f"{name} of {path} must have the shape of that of {to}"
+                raise ValueError(f"convert_norms: {rule}; got {np.shape(value)} for {have}.")
+            new[key] = value
+
+    def replaced(keys, old):
+        value = new.get(tuple(_split("/".join(_report.path_of(keys)))))
+        return old if value is None else jnp.asarray(value, old.dtype)
+
+    moved = {to: path for path, to in wanted.items()}
+    return ConvertedNorms(jax.tree_util.tree_map_with_path(replaced, variables), moved, found, tuple(notes))
+
+
+def _norms_of(flat: Mapping[tuple[str, ...], Any]) -> dict[str, dict[str, Any]]:
+    """The arrays of the norms in a model, by path and name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, value in flat.items():
+        inner = path[1:] if path[0] in _COLLECTIONS else path
+        if inner[-1] in ("scale", "bias", "mean", "var", "count"):
+            found.setdefault("/".join(inner[:-1]), {})[inner[-1]] = value
+    return {path: arrays for path, arrays in found.items() if "scale" in arrays or {"mean", "var"} <= set(arrays)}
+
+
+def _norms_of_torch(state_dict: Mapping[str, Any], scales: set[tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    """The arrays of the norms in a ``state_dict``, by path and name."""
+    modules: dict[str, dict[str, Any]] = {}
+    for name, value in state_dict.items():
+        module, _, own = name.rpartition(".")
+        modules.setdefault(module, {})[own] = value
+    names = {name[0] for name in _names("torch")}
+    of_norms = {path: arrays for path, arrays in modules.items() if set(arrays) <= names}
+    return {
+        path: arrays
+        for path, arrays in of_norms.items()
+        if "running_mean" in arrays or (np.ndim(arrays.get("weight")) == 1 and tuple(arrays["weight"].shape) in scales)
+    }

@@ -209,7 +209,7 @@ def _frozen(kind: Any) -> type:
 
     class FrozenNorm(kind):
         surgery_frozen = True
-        use_running_average = property(lambda self: True, lambda self, value: None)
+        use_running_average = property(lambda self: True, lambda self, _: vars(self).update(use_running_average=True))
 
         def __call__(self, *args, **kwargs):
             given = dict(inspect.signature(kind.__call__).bind(self, *args, **kwargs).arguments)

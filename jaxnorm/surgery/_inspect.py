@@ -12,9 +12,12 @@ from flax import nnx
 from jaxnorm import Moments
 from jaxnorm.surgery import _causes
 from jaxnorm.surgery._causes import Finding, Seen
+from jaxnorm.surgery._channels import channel_axes
 from jaxnorm.surgery._measure import Measuring, measure
 from jaxnorm.surgery._norms import BATCH_NORMS, linen_norms, nnx_norms
 
+MANY = 20
+"""How many norms a table shows at most."""
 DEAD, EXPLODING = 1e-10, 1e10
 """Running variances below and above which a channel is constant, or on its way out of float32."""
 
@@ -62,26 +65,43 @@ class Inspection(NamedTuple):
     Attributes:
       norms: a `NormState` each.
       findings: a `Finding` each: path, cause, what was seen, and the remedy.
+      notes: what could not be told, and why.
     """
 
     norms: tuple[NormState, ...]
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
-    def _rows(self) -> list[list[str]]:
+    def _rows(self) -> tuple[list[list[str]], int]:
+        """The table, of many norms only the worst; and how many it leaves out."""
         names = ["path", "kind", "axis", "features", "momentum", "epsilon", "updates"]
         names += ["variance", "dead", "exploding", "not finite", "drift", "spread"]
-        return [names] + [[_text(value) for value in norm] for norm in self.norms]
+        shown = list(self.norms)
+        if len(shown) > MANY:
+            found = {finding.path for finding in self.findings}
+
+            def badness(norm):
+                far = abs(np.log(max(norm.spread or 1.0, 1e-30))) + (norm.drift or 0.0)
+                return norm.path in found, norm.not_finite > 0, norm.dead + norm.exploding > 0, far
+
+            shown = sorted(shown, key=badness, reverse=True)[:MANY]
+        return [names] + [[_text(value) for value in norm] for norm in shown], len(self.norms) - len(shown)
+
+    def _below(self, left_out: int) -> list[str]:
+        counted = [f"and {left_out} norms more, which are better than these"] if left_out else []
+        return [*counted, *map(str, self.findings), *self.notes]
 
     def __str__(self) -> str:
-        rows = self._rows()
+        rows, left_out = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines + [str(finding) for finding in self.findings])
+        return "\n".join(lines + self._below(left_out))
 
     def _repr_html_(self) -> str:
-        head, *rows = [[html.escape(cell) for cell in row] for row in self._rows()]
+        table, left_out = self._rows()
+        head, *rows = [[html.escape(cell) for cell in row] for row in table]
         body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-        found = "".join(f"<li>{html.escape(str(finding))}</li>" for finding in self.findings)
+        found = "".join(f"<li>{html.escape(line)}</li>" for line in self._below(left_out))
         return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table><ul>{found}</ul>"
 
     def plot(self, path: Any) -> None:
@@ -108,8 +128,10 @@ class Inspection(NamedTuple):
 def inspect(model: Any, variables: Any = None, *batch: Any, **kwargs: Any) -> Inspection:
     """Tabulate the norms of a model; given a batch, compare it with their running averages, and name what is wrong.
 
-    Findings, each with its remedy: never updated; momentum too slow; not finite; wrong axis; scaled differently; batch
-    of one; not synchronized; or, where the averages do not fit the batch for another reason, stale.
+    Findings, each with its remedy: never updated; momentum too slow; not finite; wrong axis, where the layer before
+    says which one is right; scaled differently; batch of one; not synchronized; averaged weights, where all norms see a
+    little less than their averages say; or, where the averages do not fit the batch for another reason, stale.
+    Averages are compared with batches of 32 examples and more.
 
     Args:
       model: a Linen or an NNX module; or only the variables of a Linen module, of which less is known.
@@ -133,20 +155,20 @@ def inspect(model: Any, variables: Any = None, *batch: Any, **kwargs: Any) -> In
       >>> report.findings[0].cause
       'never updated'
     """
-    known, seen = _gather(model, variables, batch, kwargs)
-    if not known:
+    views = _gather(model, variables, batch, kwargs)
+    if not views:
         raise ValueError(f"inspect: no norms found in {type(model).__name__}.")
-    norms, findings = [], []
-    for i, (path, (settings, averages)) in enumerate(known.items()):
-        view = Seen(path, settings, averages, seen.get(path), first=i == 0)
-        findings += _causes.diagnose(view)
-        norms.append(_state(view))
-    explained = any(finding.cause != _causes.STALE for finding in findings)  # and so may be what comes after
-    return Inspection(tuple(norms), tuple(f for f in findings if not explained or f.cause != _causes.STALE))
+    findings = [finding for view in views for finding in _causes.diagnose(view)]
+    everywhere = _causes.of_all(views, findings)
+    notes = []
+    if any(view.batch is not None and view.examples < _causes.ENOUGH for view in views):
+        rule = f"too few to compare with the averages; pass {_causes.ENOUGH} or more, better hundreds"
+        notes.append(f"{views[0].examples} example{'s' * (views[0].examples != 1)}: {rule}.")
+    return Inspection(tuple(map(_state, views)), tuple([everywhere] if everywhere else findings), tuple(notes))
 
 
-def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By path: settings and averages of each norm; and what it saw of the batch."""
+def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> list[Seen]:
+    """Settings and averages of each norm, in the order of the calls, and what it saw of the batch."""
     if isinstance(model, nnx.Module):
         known = {path: (_nnx_settings(norm), _nnx_averages(norm)) for path, norm in nnx_norms("inspect", model, None)}
         graph, state = nnx.split(model)
@@ -156,15 +178,23 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> tuple[dict[s
             listed = linen_norms(model, variables, *batch, **kwargs)
             known = {path: (settings, known.get(path, ({}, {}))[1]) for path, settings in listed.items()}
     elif isinstance(model, Mapping):
-        return _from_variables(model), {}
+        known = _from_variables(model)
+        batch = ()
     else:
         raise TypeError(f"inspect: model must be a Linen or an NNX module, or variables; got {type(model).__name__}.")
     if not batch or not any(averages for _, averages in known.values()):
-        return known, {}
+        return [Seen(path, *of_norm, None, first=i == 0) for i, (path, of_norm) in enumerate(known.items())]
     how = Measuring("inspect", _causes.NAMES, _causes.of_input, where=lambda path: True)
-    seen = jax.jit(lambda state, batch: measure(how, graph, state, batch, kwargs, {}))(state, batch)
-    known = {path: known[path] for path in [*how.ranks, *(p for p in known if p not in how.ranks)]}
-    return known, {path: {name: np.asarray(a, np.float64) for name, a in s.items()} for path, s in seen.items()}
+    traced = jax.jit(lambda state, batch: measure(how, graph, state, batch, kwargs, {})).trace(state, batch)
+    arrays, channels = traced.lower().compile()(state, batch), channel_axes(traced.jaxpr.jaxpr)
+    seen = {path: {name: np.asarray(a, np.float64) for name, a in stats.items()} for path, stats in arrays.items()}
+    order = [*how.ranks, *(path for path in known if path not in how.ranks)]
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    examples = max((shape[0] for shape in shapes if shape), default=0)
+    return [
+        Seen(path, *known[path], seen.get(path), i == 0, examples, how.features.get(path, ()), channels.get(path))
+        for i, path in enumerate(order)
+    ]
 
 
 def _from_variables(variables: Any) -> dict[str, Any]:

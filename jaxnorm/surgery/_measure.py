@@ -17,6 +17,7 @@ from flax import nnx
 from flax.core import meta
 
 from jaxnorm import Moments, merge_moments, moments
+from jaxnorm.surgery._channels import marked
 from jaxnorm.surgery._norms import (
     BATCH_NORMS,
     OUR_BATCH_NORMS,
@@ -53,6 +54,7 @@ class Measuring:
       names: of what ``extra`` gives.
       extra: what else of the input of each norm.
       where: the norms that are measured; all others normalize by their running averages.
+      features: the feature axes of each norm, by path, once the model was traced.
       ranks: of the moments of a norm by itself, by path in the order of the calls, once the model was traced.
       norms: settings of all norms that were called, likewise; of Linen only.
     """
@@ -61,6 +63,7 @@ class Measuring:
     names: tuple[str, ...] = ()
     extra: Extra = nothing_more
     where: Where = None
+    features: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     norms: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -77,6 +80,8 @@ class Measuring:
     def write(self, get: Any, put: Any, path: str, x: Any, batch: Moments, features: tuple[int, ...]) -> None:
         """Merge what one call saw into the variables."""
         self.ranks.setdefault(path, batch.mean.ndim)
+        self.features.setdefault(path, features)
+        x = marked(x, path) if self.names else x
         old = {name: get(_name(name)) for name in (*Moments._fields, *self.names)}
         shape = old["mean"].shape
         now = Moments(*(jnp.broadcast_to(value, batch.mean.shape).reshape(shape) for value in batch))

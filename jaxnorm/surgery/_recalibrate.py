@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import tee
 from typing import Any
 
@@ -185,12 +186,13 @@ class _Passes:
         self.how = Measuring(function, where=where)
         self.data, self.inputs, self.mesh, self.kwargs = data, inputs, mesh, kwargs
 
-        @jax.jit
-        def step(variables, settled, total, args, more):
+        @partial(jax.jit, static_argnums=0)
+        def step(static, variables, settled, total, arrays):
+            args, more = _joined(static, arrays)
             stats = measure(self.how, self.graph, variables, args, kwargs | more, settled)
             finite = jnp.array([jnp.isfinite(value).all() for s in stats.values() for value in s.values()]).all()
             merged = {p: merge_moments(_moments(total[p]), _moments(s))._asdict() for p, s in stats.items() if total}
-            examples = jnp.shape(jax.tree.leaves((args, more))[0])[0]
+            examples = next((a.shape[0] for a in arrays if a.ndim), 0)
             keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
             total = jax.tree.map(keep, merged, total) if total else jax.tree.map(lambda new: keep(new, 0), stats)
             return total, jnp.where(finite, examples, 0), finite
@@ -205,9 +207,9 @@ class _Passes:
             data = self.data
         total, counts = {}, []
         for i, batch in enumerate(_shown(data, self.how.function)):
-            args, more = self._arguments(batch)
+            static, arrays = _split(self._arguments(batch))
             try:
-                total, *count = self.step(variables, settled, total, args, more)
+                total, *count = self.step(static, variables, settled, total, self._placed(arrays))
             except Exception as error:
                 self._explain(error, i, batch)
                 raise
@@ -230,11 +232,14 @@ class _Passes:
         args, more = (given if isinstance(given, tuple) else (given,)), {}
         if self.inputs is not None and len(args) == 2 and isinstance(args[0], tuple) and isinstance(args[1], dict):
             args, more = args
+        return args, more
+
+    def _placed(self, arrays: list[Any]) -> list[Any]:
+        """Arrays on the mesh; where they do not divide, on every device."""
         if self.mesh is None:
-            return args, more
-        size = {np.shape(leaf)[0] for leaf in jax.tree.leaves((args, more))}
-        even = all(n % self.mesh.size == 0 for n in size)
-        return jax.device_put((args, more), NamedSharding(self.mesh, P(self.mesh.axis_names) if even else P()))
+            return arrays
+        even = all(a.ndim and a.shape[0] % self.mesh.size == 0 for a in arrays)
+        return jax.device_put(arrays, NamedSharding(self.mesh, P(self.mesh.axis_names) if even else P()))
 
     def _explain(self, error: Exception, i: int, batch: Any) -> None:
         """Say which batch it was; and what ``inputs`` is for, where the batch may hold more than inputs."""
@@ -266,6 +271,18 @@ class _Passes:
         if not self.is_linen:
             return jax.tree_util.tree_map_with_path(value, variables)
         return {**variables, "batch_stats": jax.tree_util.tree_map_with_path(value, variables["batch_stats"])}
+
+
+def _split(arguments: Any) -> tuple[Any, list[Any]]:
+    """What is static of the arguments of a call, as ``train=True``, and the arrays."""
+    leaves, tree = jax.tree.flatten(arguments)
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "ndim")]
+    return (tree, tuple(None if hasattr(leaf, "ndim") else leaf for leaf in leaves)), arrays
+
+
+def _joined(static: Any, arrays: list[Any]) -> Any:
+    (tree, leaves), rest = static, iter(arrays)
+    return jax.tree.unflatten(tree, [next(rest) if leaf is None else leaf for leaf in leaves])
 
 
 def _moments(stats: dict[str, Any]) -> Moments:

@@ -197,18 +197,19 @@ def _replace(path: str, old: Any, new: Any, settings: dict[str, Any]) -> None:
     features = had.get("num_features")
     if features is None:  # Flax's group norm keeps only what follows from it
         features = old.num_groups * old.group_size
-    kept = {name: value for name, value in had.items() if name in inspect.signature(new.__init__).parameters}
-    _warn_of_lost("swap", path, old, had, [*kept, *settings])
-    if "num_groups" in kept:
-        kept["group_size"] = None
-    made: Any = new(**{"num_features": features, **kept, **settings, "rngs": nnx.Rngs(0)})
+    given = {name: value for name, value in had.items() if name in inspect.signature(new.__init__).parameters}
+    _warn_of_lost("swap", path, old, had, [*given, *settings])
+    if "num_groups" in given:
+        given["group_size"] = None
+    made: Any = new(**{"num_features": features, **given, **settings, "rngs": nnx.Rngs(0)})
     variables = {name: value for name, value in had.items() if isinstance(value, nnx.Variable)}
     owned = {name: own for name in variables if isinstance(own := vars(made).get(name), nnx.Variable)}
     fitted = {name: _fit(path, old, name, variables[name][...], own, features) for name, own in owned.items()}
     for name, array in fitted.items():
         variables[name].set_value(array)
+    kept = owned if hasattr(made, "mean") else {*owned, *AVERAGES}
     for name, value in variables.items():
-        if name in owned or name in AVERAGES:
+        if name in kept:
             setattr(made, name, value)
     was_frozen = is_frozen(old)
     object.__setattr__(old, "__class__", new)
