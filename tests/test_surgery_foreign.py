@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from test_surgery_recalibrate import Two
 import jaxnorm.linen as jl
 import jaxnorm.nnx as jn
 from jaxnorm import surgery
+from jaxnorm.surgery.__main__ import main
 
 pytestmark = pytest.mark.any_version
 
@@ -343,3 +345,130 @@ def test_averaged_weights_show_in_all_norms(rng):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert surgery.inspect(model, surgery.recalibrate(model, variables, [x]), x).findings == ()
+
+
+# Which function takes which model ------------------------------------------------------------------------------------
+
+NORMS = {
+    "Flax's norms": (nn.BatchNorm, nnx.BatchNorm),
+    "jaxnorm's norms": (jl.BatchNorm, jn.BatchNorm),
+    "its variants": (jl.BatchRenorm, jn.BatchRenorm),
+}
+
+
+class OfLinen(nn.Module):
+    norm: type
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(self.norm(use_running_average=True, name="norm")(nn.Dense(3)(x)))
+
+
+def of_nnx(norm):
+    return nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), norm(3, rngs=nnx.Rngs(0)), nnx.relu)
+
+
+def linen_swap(model, v, x):
+    with surgery.swapped(jl.GhostBatchNorm, virtual_batch_size=2) as paths:
+        model.apply(v, x)
+    return paths
+
+
+def linen_freeze(model, v, x):
+    with surgery.frozen() as paths:
+        model.apply(v, x)
+    return paths
+
+
+def of_torch(place):
+    arrays = {"weight": np.ones(3), "bias": np.ones(3), "running_mean": np.ones(3), "running_var": np.ones(3)}
+    return {f"{place}.{name}": a for name, a in arrays.items()}
+
+
+def pure(model):
+    graph, state = nnx.split(model)
+    return lambda state, x: nnx.merge(graph, state)(x), state
+
+
+FUNCTIONS = {  # Linen, NNX, and the variables of a Linen model alone; what each returns is true if it did something
+    "`fold`": (
+        lambda m, v, x: surgery.fold(m.apply, v, x).report.folded,
+        lambda m, x: surgery.fold(*pure(nnx.view(m, use_running_average=True)), x).report.folded,
+        None,
+    ),
+    "`frozen`, `freeze`": (linen_freeze, lambda m, x: surgery.freeze(m), None),
+    "`frozen_mask`": (
+        lambda m, v, x: any(jax.tree.leaves(surgery.frozen_mask(m, v, x))),
+        lambda m, x: any(jax.tree.leaves(surgery.frozen_mask(m))),
+        None,
+    ),
+    "`swapped`, `swap`": (linen_swap, lambda m, x: surgery.swap(m, jn.GhostBatchNorm, virtual_batch_size=2), None),
+    "`inspect`": (
+        lambda m, v, x: surgery.inspect(m, v, x).norms[0].drift is not None,
+        lambda m, x: surgery.inspect(m, None, x).norms[0].drift is not None,
+        lambda v: surgery.inspect(v).findings,
+    ),
+    "`recalibrate`": (
+        lambda m, v, x: (surgery.recalibrate(m, v, [x])["batch_stats"]["norm"]["mean"] != 0).all(),
+        lambda m, x: (surgery.recalibrate(m, None, [x])["layers"][1]["mean"][...] != 0).all(),
+        None,
+    ),
+    "`adapt`": (
+        lambda m, v, x: (surgery.adapt(m, v, [x])["batch_stats"]["norm"]["mean"] != 0).all(),
+        lambda m, x: (surgery.adapt(m, None, [x])["layers"][1]["mean"][...] != 0).all(),
+        None,
+    ),
+    "`convert_norms`": (
+        lambda m, v, x: surgery.convert_norms(of_torch("norm"), v).moved,
+        lambda m, x: surgery.convert_norms(of_torch("layers.1"), m).moved,
+        lambda v: surgery.convert_norms(of_torch("norm"), v).moved,
+    ),
+    "`check`": (
+        lambda m, v, x: all(tried.ok for tried in surgery.check(m, x) if tried.tool != "swap"),
+        lambda m, x: all(tried.ok for tried in surgery.check(m, x) if tried.tool != "swap"),
+        None,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """Rows of the table in docs/surgery.md, each cell tried."""
+    x = jnp.asarray(np.random.default_rng(0).normal(1, 2, (8, 4)), jnp.float32)
+    rows = []
+    for name, (of_linen, of_module, of_variables) in FUNCTIONS.items():
+        works = {"Linen": True, "NNX": True, "variables alone": of_variables is not None}
+        for kind, (linen, module) in NORMS.items():
+            model = OfLinen(linen)
+            variables = model.init(jax.random.key(0), x)
+            done = [of_linen(model, variables, x), of_module(of_nnx(module), x)]
+            done += [of_variables(variables)] if of_variables else []
+            works[kind] = all(map(bool, done))
+        rows.append(f"| {name} | " + " | ".join("yes" if w else "" for w in works.values()) + " |")
+    head = ["| | Linen | NNX | variables alone | " + " | ".join(NORMS) + " |", "|---|" + ":-:|" * (3 + len(NORMS))]
+    return "\n".join(head + rows)
+
+
+def test_the_table_of_functions_and_models(matrix):
+    page = (Path(__file__).parents[1] / "docs" / "surgery.md").read_text()
+    assert matrix in page, matrix
+
+
+def test_check_tells_what_each_tool_does(tmp_path, capsys):
+    factory = tmp_path / "models.py"
+    factory.write_text(
+        "import jax.numpy as jnp\nfrom flax import linen as nn\n"
+        "class Net(nn.Module):\n    @nn.compact\n    def __call__(self, x, train):\n"
+        "        return nn.relu(nn.BatchNorm(not train)(nn.Dense(3)(x)))\n"
+        "def net():\n    return Net(), jnp.eye(4), {'train': False}, {'train': True}\n"
+        "def plain():\n    return nn.Dense(3), jnp.eye(4)\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["check", f"{factory}:net", f"{factory}:plain"])
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("  fold         ok  1 norm folded, 0 stayed; outputs differ by ")
+    assert lines[3] == "  freeze       ok  1 norm frozen in training; averages stay"
+    assert [line.split()[1] for line in lines[7:]] == ["--"] * 5
+    with pytest.raises(TypeError, match="check: model must be a Linen or an NNX module; got int"):
+        surgery.check(3)

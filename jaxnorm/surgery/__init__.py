@@ -1,6 +1,7 @@
 """Working on a trained model: fold, convert, freeze, swap, inspect, recalibrate, adapt."""
 
 from jaxnorm.surgery._causes import Finding
+from jaxnorm.surgery._check import Checked, check
 from jaxnorm.surgery._convert import CONVENTIONS, Convention, Converted, ConvertedNorms, convert, convert_norms
 from jaxnorm.surgery._fold import Folded, fold
 from jaxnorm.surgery._freeze import freeze, frozen, frozen_mask, unfreeze
@@ -11,6 +12,7 @@ from jaxnorm.surgery._swap import swap, swapped
 
 __all__ = [
     "CONVENTIONS",
+    "Checked",
     "Convention",
     "Converted",
     "ConvertedNorms",
@@ -21,6 +23,7 @@ __all__ = [
     "NormState",
     "Report",
     "adapt",
+    "check",
     "convert",
     "convert_norms",
     "fold",
