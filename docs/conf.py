@@ -46,6 +46,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests execute them; their outputs are stored
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that notebooks show are tables
 
 # The API from docstrings ---------------------------------------------------------------------------------------------
 
@@ -64,15 +65,22 @@ copybutton_prompt_is_regexp = True
 # Look ----------------------------------------------------------------------------------------------------------------
 
 html_theme = "sphinx_book_theme"
-html_title = "jaxnorm"
+html_title = f"jaxnorm {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_use_index = html_domain_indices = False  # the search finds names; these would scroll sideways
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
+    "article_header_end": ["search-button-field", "article-header-buttons"],
     "navbar_persistent": [],
+    "path_to_docs": "docs",
+    "repository_branch": "main",
+    "repository_url": "https://github.com/jaxnorm/jaxnorm",
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "use_repository_button": True,
+    "use_source_button": True,
 }
 
 

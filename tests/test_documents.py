@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 DOCS, RESULTS, NOTEBOOKS = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "notebooks"
 PAGES = [p for p in sorted(DOCS.rglob("*.md")) if p.relative_to(DOCS).parts[0] not in ("_build", "notebooks")]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
-PARSERS = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT), pattern="*.md")
+PARSERS = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path="/", pattern="*.md")
+TAB = re.compile(r"^(:{3,})\{tab-item\} (.+?)$.*?^\1$", re.MULTILINE | re.DOTALL)
 MODULES = ("jaxnorm", "jaxnorm.linen", "jaxnorm.nnx", "jaxnorm.surgery", "jaxnorm.training")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -41,14 +42,46 @@ def load(name):
 check, docstrings, tables = load("check"), load("docstrings"), load("tables")
 
 
-# Of the pages `make test` runs none: one takes up to three seconds.
-@pytest.mark.parametrize("path", quick_first(2, DOCUMENTS), ids=lambda path: str(path.relative_to(ROOT)))
-def test_code_runs(path):
-    """One block after the other, in one namespace; what a document needs and does not show is in its comments."""
-    document = PARSERS.parse(path)
+def readings():
+    """Each document, and each page with tabs once for every tab that a reader can choose."""
+    for path in DOCUMENTS:
+        names = list(dict.fromkeys(name for _, name in TAB.findall(path.read_text())))
+        yield from ((path, name) for name in names or [None])
+
+
+def as_read(text, tab):
+    """The text with the one tab that is open, its lines where they were."""
+    return TAB.sub(lambda found: found[0] if found[2] == tab else "\n" * found[0].count("\n"), text)
+
+
+# Of the pages `make test` runs two: one takes up to three seconds.
+@pytest.mark.parametrize(
+    "reading",
+    quick_first(2, list(readings())),
+    ids=lambda reading: "-".join(filter(None, (str(reading[0].relative_to(ROOT)), reading[1]))),
+)
+def test_code_runs(reading, tmp_path):
+    """What a reader sees, alone and in order, in one namespace; the pages in `PENDING` hide some of theirs."""
+    path, tab = reading
+    page = tmp_path / path.name
+    page.write_text(as_read(path.read_text(), tab))
+    document = PARSERS.parse(page)
     for example in document.examples():
         with contextlib.suppress(SkipTest), jax.numpy_rank_promotion("allow"):
             example.evaluate()
+
+
+def test_no_page_hides_code(tmp_path):
+    assert list(check.hidden(DOCS, check.PENDING)) == []
+    assert not check.HIDDEN.search((ROOT / "README.md").read_text())
+    (tmp_path / "page.md").write_text("<!--- invisible-code-block: python\nx = 1\n--->")
+    assert list(check.hidden(tmp_path)) == ["page.md: code that readers do not see"]
+    assert list(check.hidden(tmp_path, ["page.md"])) == []
+
+
+def test_a_reader_sees_one_tab():
+    text = "a\n::::{tab-item} One\n:::{x}\n:::\n::::\nb\n::::{tab-item} Two\n2\n::::\nc"
+    assert as_read(text, "Two") == "a\n\n\n\n\nb\n::::{tab-item} Two\n2\n::::\nc"
 
 
 @each_document
@@ -71,7 +104,7 @@ def public(module):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_everything_public_has_an_entry_and_nothing_else(name):
-    pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    pages = "".join(page.read_text() for page in sorted((DOCS / "api").rglob("*.md")))
     entries = re.findall(
         rf"^ *\.\. (?:auto(?:function|class)|py:data):: {re.escape(name)}\.(\w+)$", pages, re.MULTILINE
     )
@@ -155,28 +188,112 @@ def test_every_result_has_a_command():
     assert files == {path.name for path in RESULTS.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("first", "chip"), [("| bytes, of Flax's", "h200"), ("| v5e: bytes, of Flax's", "tpu-v5e")], ids=["h200", "tpu-v5e"]
-)
-def test_the_tables_of_networks_are_the_results(first, chip):
-    found = {(row["case"], row["contender"]): row for row in results(f"compiled-{chip}")["rows"] if "case" in row}
-    table = list(rows_of("benchmarks.md", first))
-    assert table
-    for name, ratio, *counted, temporaries, of_flax in table:
-        case, _, contender = name.rpartition(": ")
-        row = found[case, contender]
-        if len(counted) == 1:  # one memory
-            (kernels,) = counted
-        else:
-            accessed, kernels, computing = counted
-            more = f"{row['kernels more a norm'] - row['copies more a norm']:+.2f}" if "copies" in row else ""
-            assert accessed == str(row.get("accessed / Flax", "")), name
-            assert computing == more or float(computing) == float(more), name
-        assert float(ratio) == row["bytes / Flax"], name
-        assert float(kernels) == row["kernels more a norm"], name
-        unit = 0.5 if "MB" in temporaries else 0.005
-        assert abs(float(temporaries.split()[0]) - row["temporaries"]) <= unit, name
-        assert abs(float(of_flax.split()[0]) - (row["temporaries"] - row["temporaries more"])) <= unit + 1e-3, name
+def networks(chip):
+    """Rows by case and contender, Flax's own left out."""
+    rows = [row for row in results(f"compiled-{chip}")["rows"] if "case" in row]
+    return {(r["case"], r["contender"]): r for r in rows if not r["contender"].startswith("flax")}
+
+
+def pages_say(*figures):
+    """Both pages that name figures of networks, each of which has one or more of these in its text."""
+    texts = [" ".join((DOCS / page).read_text().split()) for page in ("benchmarks.md", "comparison.md")]
+    for figure in figures:
+        assert any(figure in text for text in texts), figure
+
+
+def test_what_is_said_of_networks_on_an_h200_is_the_results():
+    found = networks("h200")
+    assert max(row["bytes / Flax"] for row in found.values()) <= 1
+    assert max(row["kernels more a norm"] for (_, c), row in found.items() if c == "inside") < 3
+    assert max(row["kernels more a norm"] for (_, c), row in found.items() if c == "invertible") < 7.5
+    more = [
+        row["temporaries more"] for (case, c), row in found.items() if c == "inside, policy" and "ResNet" not in case
+    ]
+    assert 0.12 < max(more) <= 0.25
+    resnet18 = {c: found["ResNet-18, relu", c]["temporaries"] for c in ("drop-in", "inside")}
+    pages_say(
+        f"swapped moves {found['ResNet-50, relu, batch 128', 'drop-in']['bytes / Flax']} of them",
+        f"with SiLU {found['ResNet-50, silu, batch 128', 'drop-in']['bytes / Flax']}.",
+        f"holds {found['ResNet-50, leaky_relu, batch 128', 'invertible']['temporaries']:.0f} MB of temporaries",
+        f"ResNet-18 holds {resnet18['drop-in']:.0f} MB, with the activation inside {resnet18['inside']:.0f} MB",
+    )
+
+
+def test_what_is_said_of_networks_on_a_tpu_is_the_results():
+    found = networks("tpu-v5e")
+    counted = {key: row for key, row in found.items() if "copies more a norm" in row}
+    more = {key: row["accessed / Flax"] for key, row in counted.items() if row["accessed / Flax"] > 1}
+    assert more == {("4 x residual block, relu", "inside"): 1.012}
+    scans = [
+        row["bytes / Flax"]
+        for (case, c), row in found.items()
+        if "scan" in case and not c.endswith(("checkpoint", "policy"))
+    ]
+
+    def most(what, invertible):
+        rows = [(c == "invertible", row) for (_, c), row in counted.items() if not c.endswith("policy")]
+        return max(what(row) for inverted, row in rows if inverted == invertible)
+
+    def copies(row):
+        return row["copies more a norm"]
+
+    def percent(case, contender):
+        return f"{abs(100 * found[case, contender]['bytes / Flax'] - 100):.1f} %"
+
+    policies = [row for (_, c), row in counted.items() if c.endswith("policy")]
+    computing = max(row["kernels more a norm"] - copies(row) for row in policies)
+    pages_say(
+        f"{min(scans):.2f} to {max(scans):.2f} under `lax.scan`",
+        f"{percent('ResNet-18, relu', 'drop-in')} more in ResNet-18",
+        f"{percent('4 x residual block, relu', 'drop-in')} more in residual blocks with ReLU, "
+        f"{percent('4 x residual block, relu', 'inside')} with the activation inside",
+        f"{percent('4 x residual block, silu', 'drop-in')} less in those with SiLU, "
+        f"{percent('4 x residual block, silu', 'inside')} more with the activation inside",
+        f"{percent('ResNet-50, relu, batch 256', 'drop-in')} more in ResNet-50 at batch 256",
+        f"up to {most(copies, False):.1f} small copies more, in the invertible mode {most(copies, True):.1f}",
+        f"up to {most(lambda row: row['kernels more a norm'] - copies(row), True):.1f} computing kernels more, "
+        f"{computing:.0f} with",
+    )
+
+
+def test_what_is_said_of_memory_is_the_results():
+    found = {(r["case"], r["contender"]): r["temporaries"] for r in results("compiled-h200")["rows"] if "case" in r}
+    rows = [row for row in rows_of("howto/less_memory.md", "network")]
+    stacks = [
+        f"8 x ({order}), {kind}" for order in ("conv, norm, act", "norm, act, conv") for kind in ("unrolled", "scan")
+    ]
+    assert len(rows) == len(stacks)
+    for name, *figures in rows:
+        order, _, kind = name.replace("`lax.scan`", "scan").partition("; ")
+        case = f"8 x ({order}), {kind}"
+        expected = [found[f"{case}, relu", c] for c in ("flax", "drop-in", "inside")]
+        assert figures == [f"{n:.2f}" for n in (*expected, found[f"{case}, leaky_relu", "invertible"])], name
+    for name, *figures in rows_of("howto/less_memory.md", "network | Flax, checkpoint"):
+        case = f"8 x (norm, act, conv), {name.replace('`lax.scan`', 'scan').partition('; ')[2]}, relu"
+        of = [found[case, c] for c in ("flax, checkpoint", "inside, checkpoint", "inside, policy")]
+        assert figures == [f"{n:.2f}" for n in of], name
+
+
+def test_what_is_said_of_inference_is_the_results():
+    found = {(r["network"], r["library"]): r for r in results("folded-h200")["rows"] if r["dtype"] == "float32"}
+    kernels = {key: (row["plain"]["kernels"], row["folded"]["kernels"]) for key, row in found.items()}
+    ours, flax = (kernels["ResNet-50", library] for library in ("jaxnorm", "flax"))
+    small, small_flax = (kernels["ResNet-18", library] for library in ("jaxnorm", "flax"))
+    assert (ours[1], small[1]) == (flax[1], small_flax[1])
+    pages_say(
+        f"launches {ours[0]} kernels, with Flax's norms {flax[0]}; ResNet-18 {small[0]} and {small_flax[0]}",
+        f"launch the same: {ours[1]} and {small[1]}",
+    )
+
+
+def test_units_in_one_column_are_one_unit():
+    text, _ = tables.results(ROOT, "compiled-h200.json")
+    headers = [line for line in text.splitlines() if line.startswith("| case")]
+    assert len(headers) == 2
+    assert "temporaries, MB" in headers[0] + headers[1]
+    for table in text.split("\n\n"):
+        cases = re.findall(r"^\| (ResNet)?", table, re.MULTILINE)[2:]
+        assert len({*cases}) <= 1, table[:80]
 
 
 def test_the_table_of_norms_alone_is_the_results():
