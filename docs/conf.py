@@ -68,6 +68,7 @@ html_theme = "sphinx_book_theme"
 html_title = f"jaxnorm {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_sidebars = {"**": ["navbar-logo", "sbt-sidebar-nav"]}  # the search is above the page, which is always in sight
 html_use_index = html_domain_indices = False  # the search finds names; these would scroll sideways
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
