@@ -16,7 +16,7 @@ from matplotlib.patches import Polygon
 
 DOCS = Path(__file__).parent
 GRAY, BLUE, ORANGE, GREEN, PURPLE = "#808080", "#2f8fd8", "#e2703a", "#3a9d5d", "#9a6fd0"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": GRAY,
     "axes.labelcolor": GRAY,
     "axes.spines.right": False,

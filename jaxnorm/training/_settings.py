@@ -49,7 +49,9 @@ class Settings:
     recalibrate: bool = _setting(False, _HOW, "end with the statistics of all training images")
     seed: int = _setting(0, _HOW, "of initialization, split and order")
     devices: int = _setting(4, _WHERE, "on this host; simulated where there is only a CPU", numbers=False)
-    road: str = _setting("jit", _WHERE, "automatic sharding, or by hand with pmean", _steps.ROADS, numbers=False)
+    parallelism: str = _setting(
+        "jit", _WHERE, "sharded by jit, or shard_map with pmean", _steps.PARALLELISM, numbers=False
+    )
     coordinator: str | None = _setting(None, _WHERE, "host:port of process 0, for several hosts", numbers=False)
     num_processes: int = _setting(1, _WHERE, "how many hosts", numbers=False)
     process_id: int = _setting(0, _WHERE, "which of them this is", numbers=False)

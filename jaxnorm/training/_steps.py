@@ -1,9 +1,9 @@
 """State and steps: pure functions, compiled for a mesh over which the batch is sharded.
 
-There are two roads, and they give the same numbers. On the main one, ``jit``, the batch is sharded and every mean is a
+There are two kinds of parallelism, which give the same numbers. With ``jit``, the batch is sharded and every mean is a
 mean over the whole batch: of the loss, so that gradients need no ``pmean``, and in batch normalization, so that its
-statistics are those of all devices. On the explicit one, ``shard_map``, each device sees its own examples; batch
-statistics are shared by ``axis_name`` and gradients by ``pmean``.
+statistics are those of all devices. With ``shard_map``, each device sees its own examples; batch statistics are shared
+by ``axis_name`` and gradients by ``pmean``.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxnorm.training._functions import Batch, Functions, averaged, functions_of, is_moments, merged, replaced
 
 Metrics = dict[str, jax.Array]
-ROADS = ("jit", "shard_map")
+PARALLELISM = ("jit", "shard_map")
 OPTIMIZERS = ("sgd", "adam")
 
 
@@ -166,7 +166,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
-    road: str = "jit",
+    parallelism: str = "jit",
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled step ``state, batch -> state, metrics``. The state given is consumed.
@@ -175,10 +175,10 @@ def make_train_step(
       model: of Linen, called as ``model(images, train=train, mask=mask)``, or of NNX, called as ``model(images,
         mask=mask)``; the mask, of shape ``(batch,)``, says which examples count. With microbatches, and for what else
         needs moments, the batch normalizations must be those of `jaxnorm`, and a Linen module must hand them its
-        attribute ``momentum``; for the road "shard_map" also its ``axis_name``.
+        attribute ``momentum``; for parallelism "shard_map" also its ``axis_name``.
       optimizer: from optax.
       mesh: over all of whose axes the batch is sharded.
-      road: "jit" or "shard_map", which give the same numbers.
+      parallelism: "jit" or "shard_map", which give the same numbers.
       accumulate: microbatches of which the gradients are added up before each update. The running averages see their
         moments merged, each by its count.
 
@@ -186,13 +186,14 @@ def make_train_step(
       The step. The metrics are sums over the examples that the mask keeps.
 
     Raises:
-      ValueError: an unknown road, or when called: a batch that does not split into so many parts.
+      ValueError: an unknown parallelism, or when called: a batch that does not split into so many parts.
     """
-    if road not in ROADS:
-        raise ValueError(f"make_train_step: road must be one of {', '.join(ROADS)}; got {road!r}.")
+    if parallelism not in PARALLELISM:
+        known = ", ".join(PARALLELISM)
+        raise ValueError(f"make_train_step: parallelism must be one of {known}; got {parallelism!r}.")
     names = mesh.axis_names
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(names))
-    functions = functions_of(model, None if road == "jit" else names)
+    functions = functions_of(model, None if parallelism == "jit" else names)
 
     def apply(state, grads, batch_stats):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -210,7 +211,7 @@ def make_train_step(
         return apply(state, lax.pmean(grads, names), batch_stats), lax.psum(metrics, names)
 
     compiled = jax.jit(
-        with_jit if road == "jit" else with_shard_map,
+        with_jit if parallelism == "jit" else with_shard_map,
         donate_argnums=0,
         in_shardings=(replicated, sharded),
         out_shardings=(replicated, replicated),
