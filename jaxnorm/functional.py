@@ -73,8 +73,8 @@ def normalize_array(
 
     What the normalizations and the layers call. The moments are in the shape of the axes ``kept``. ``near`` is a point
     for each feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used,
-    and those whose moments are reported. ``warn`` is told of ``function`` and what is odd; None where the size of the
-    input means nothing.
+    and those whose moments are reported. ``warn`` gets ``function`` and the message; None where the size of the input
+    means nothing.
     """
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     mask = _axes.check_mask(function, mask, x)

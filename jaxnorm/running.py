@@ -40,7 +40,7 @@ def _check_statistics(function: str, name: str, value: Any) -> tuple[jax.Array, 
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    r"""Merge the moments of two sets of values into those of all values together.
+    r"""Merge the moments of two sets of values: the moments of all values together.
 
     With :math:`n = n_a + n_b` and :math:`\delta = \mu_b - \mu_a` (Chan, Golub and LeVeque, 1979),
 

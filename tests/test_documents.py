@@ -7,17 +7,22 @@ import inspect
 import json
 import re
 import statistics
+import warnings
 from pathlib import Path
 from unittest import SkipTest
 
 import jax
+import jax.numpy as jnp
 import pytest
 from checks import quick_first
+from flax import nnx
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
 import jaxnorm.linen
 import jaxnorm.nnx
+import jaxnorm.surgery
+import jaxnorm.training
 
 pytestmark = pytest.mark.any_version
 
@@ -39,7 +44,7 @@ def load(name):
     return module
 
 
-check, docstrings, tables = load("check"), load("docstrings"), load("tables")
+check, docstrings, figures, prose, tables = map(load, ("check", "docstrings", "figures", "prose", "tables"))
 
 
 def readings():
@@ -109,6 +114,16 @@ def test_everything_public_has_an_entry_and_nothing_else(name):
         rf"^ *\.\. (?:auto(?:function|class)|py:data):: {re.escape(name)}\.(\w+)$", pages, re.MULTILINE
     )
     assert sorted(entries) == sorted(public(importlib.import_module(name)))
+
+
+@pytest.mark.parametrize("name", sorted({*jaxnorm.training.__all__} - {"MODELS", "NORMS", "recalibrate"}))
+def test_every_name_of_the_training_program_has_an_example(name):
+    value = getattr(jaxnorm.training, name)
+    document = inspect.getdoc(value)
+    assert ">>>" in document
+    if inspect.isfunction(value):
+        assert "Args:" in document
+        assert "Returns:" in document
 
 
 def test_arguments_are_shown_before_the_example():
@@ -279,7 +294,12 @@ def test_what_is_said_of_inference_is_the_results():
     for (network, dtype, library), row in found.items():
         assert row["plain"]["kernels"] == found[network, dtype, "flax"]["plain"]["kernels"], (network, dtype, library)
     row = found["ResNet-50", "float32", "jaxnorm"]
-    pages_say(f"{row['plain']['kernels']} for ResNet-50 in float32, folded {row['folded']['kernels']}.")
+    ours, flax = (found["ResNet-18", "bfloat16", library] for library in ("jaxnorm", "flax"))
+    pages_say(
+        f"{row['plain']['kernels']} for ResNet-50 in float32, folded {row['folded']['kernels']}.",
+        f"moves {ours['plain']['MB']} MB, with Flax's norms {flax['plain']['MB']} MB; "
+        f"folded {ours['folded']['MB']} and {flax['folded']['MB']} MB.",
+    )
 
 
 def test_units_in_one_column_are_one_unit():
@@ -328,6 +348,110 @@ def test_what_is_said_of_times_is_the_results():
     assert f"A forward pass alone is {of_forward['flax.linen']} times as fast as flax.linen's" in text
     assert f"{of_forward['torch']} times as fast as PyTorch's with channels last ({without_rms('forward'):.2f}" in text
     assert f"and {of_forward['torch, channels first']} with channels first" in text
+
+
+# Prose and figures ---------------------------------------------------------------------------------------------------
+
+
+def test_prose_that_is_found(tmp_path, monkeypatch):
+    """In paragraphs, cells and docstrings, over the ends of lines; not in code, formulas and examples."""
+    monkeypatch.setattr(prose, "ROOT", tmp_path)
+    page, module = tmp_path / "page.md", tmp_path / "module.py"
+    page.write_text("# a\n\nIt is\nbesides.\n\n`besides` $besides$\n\n```python\nbesides\n```\n\n| besides |\n|---|\n")
+    assert [fault.partition(": ")[0] for fault in prose.found(page)] == ["page.md:3", "page.md:12"]
+    module.write_text('def f():\n    """What\n    is said of it.\n\n    Example:\n      >>> besides\n    """\n')
+    assert [fault.partition(": ")[0] for fault in prose.found(module)] == ["module.py:2"]
+    page.write_text("word " * prose.LONGEST + ". " + "word " * (prose.LONGEST + 1))
+    assert [f"{prose.LONGEST + 1} words" in fault for fault in prose.found(page)] == [True]
+
+
+@pytest.mark.parametrize("path", list(prose.chosen()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose(path):
+    assert list(prose.found(path)) == []
+
+
+def test_lines_of_pages_fit():
+    for path in prose.chosen():
+        if path.suffix == ".md":
+            lines = [line for line in path.read_text().splitlines() if not line.startswith(("|", "!["))]
+            assert [line for line in lines if len(line) > 120 and "](http" not in line] == [], path.name
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_from_the_results(tmp_path):
+    figures.draw(tmp_path)
+    stored = {path.name: path.read_bytes() for path in (DOCS / "figures").iterdir()}
+    assert stored == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+def applied(x, variables=None, **settings):
+    """What a layer for eight features says to ``x``."""
+    made = jaxnorm.linen.BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.ones((2, 8)))
+    return jaxnorm.linen.BatchNorm(**settings).apply(made if variables is None else variables, x)
+
+
+def in_two(x):
+    return jaxnorm.batch_norm(x, axis_name="r", axis_index_groups=[[0, 1]])
+
+
+def frozen_flax():
+    module = nnx.Sequential(nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
+    jaxnorm.surgery.freeze(module, affine=True)
+
+
+IMAGES = jnp.zeros((8, 6, 6, 16))
+PARAMETERS = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+QUOTED = {
+    "one value": lambda: jaxnorm.layer_norm(jnp.ones((8, 1))),
+    "one value, layer": lambda: applied(jnp.ones((1, 8)), use_running_average=False, update_running_average=False),
+    "groups": lambda: jaxnorm.group_norm(IMAGES, num_groups=5),
+    "axis name": lambda: jaxnorm.batch_norm(IMAGES, axis_name="data"),
+    "groups of replicas": lambda: jax.vmap(in_two, axis_name="r")(IMAGES.reshape(4, 2, 6, 6, 16)),
+    "mask": lambda: jaxnorm.batch_norm(IMAGES, mask=jnp.ones(8, bool)),
+    "mask of what": lambda: jaxnorm.batch_norm(IMAGES[..., :8], mask=jnp.ones(8, bool)),
+    "integers": lambda: jaxnorm.batch_norm(jnp.ones((2, 2), int)),
+    "invertible": lambda: jaxnorm.batch_norm(IMAGES, activation="relu", invertible=True),
+    "scale": lambda: jaxnorm.batch_norm(IMAGES.astype(jnp.bfloat16), jnp.zeros(16), invertible=True),
+    "features": lambda: applied(jnp.ones((2, 5)), use_running_average=True),
+    "never updated": lambda: applied(jnp.ones((2, 8)), use_running_average=True),
+    "which statistics": lambda: applied(jnp.ones((2, 8))),
+    "immutable": lambda: applied(jnp.ones((2, 8)), use_running_average=False),
+    "no averages": lambda: applied(jnp.ones((2, 8)), PARAMETERS, use_running_average=True),
+    "frozen": frozen_flax,
+}
+"""What makes the messages that pages quote."""
+MESSAGE = re.compile(
+    r"`((?:UserWarning: )?(?:[A-Za-z_]+: (?!/)[^`]*(?:got|almost)|Cannot update|Tried to|Parameter \")[^`]*)`"
+)
+
+
+def quoted():
+    """Each message that a page quotes, with the page."""
+    for path in PAGES:
+        if str(path.relative_to(DOCS)) not in check.PENDING:
+            for message in MESSAGE.findall(" ".join(path.read_text().split())):
+                yield message.removeprefix("UserWarning: "), path
+
+
+def test_messages_that_pages_quote_are_given():
+    """A quotation may leave out a part in the middle, "...", and what comes after it."""
+    given = []
+    for call in QUOTED.values():
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                call()
+            except Exception as error:  # of jaxnorm and of Flax
+                given.append(str(error))
+        given += [str(warning.message) for warning in warned]
+    found = list(quoted())
+    assert len(found) > 20
+    for message, path in found:
+        pattern = ".*".join(map(re.escape, message.split("...")))
+        assert any(re.match(pattern, " ".join(text.split())) for text in given), (path.name, message)
 
 
 # The site ------------------------------------------------------------------------------------------------------------

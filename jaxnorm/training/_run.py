@@ -83,14 +83,22 @@ def load(settings: Settings) -> tuple[_data.Split, _data.Split]:
 
 
 class Run:
-    """One run of training: its data, steps and files.
+    """One run of training: its data, steps and files. Call it to train.
 
     Args:
-      settings: of the run.
-      signals: that stop it after a step.
+      settings: the settings of the run.
+      signals: signals that stop it after a step; by default SIGINT and SIGTERM.
 
     Raises:
       Failure: data or devices are not what the settings say.
+
+    Example:
+      It sets how many devices are simulated, so make it before anything else uses jax:
+
+      >>> from jaxnorm import training
+      >>> def train(folder):
+      ...     settings = training.Settings(model="mlp", epochs=1, devices=1, out=folder)
+      ...     return training.Run(settings)()["accuracy"]
     """
 
     def __init__(self, settings: Settings, signals: Signals | None = None) -> None:

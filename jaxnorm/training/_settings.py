@@ -24,10 +24,18 @@ def _setting(default: Any, group: str, description: str, choices: Any = None, nu
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What ``python -m jaxnorm.training --help`` lists, checked against each other.
+    """The settings of a run: what ``python -m jaxnorm.training --help`` lists.
 
     Raises:
-      ValueError: a value is out of range, or two do not go together.
+      ValueError: a value is out of range, or two do not fit together.
+
+    Example:
+      >>> from jaxnorm import training
+      >>> training.Settings(norm="group", epochs=3).batch_size
+      128
+      >>> training.Settings(batch_size=3)
+      Traceback (most recent call last):
+      ValueError: --batch-size must be a multiple of devices times processes times microbatches, 4 x 1 x 1; got 3
     """
 
     model: str = _setting("cnn", _WHAT, "the network", _models.MODELS)
