@@ -94,6 +94,8 @@ def faults(site: Path) -> Iterator[str]:
     """What is wrong with ``site``, a line each."""
     site = site.resolve()
     pages = {path: Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.relative_to(site).parts}
+    if not pages:
+        yield f"{site}: no pages"
     for path, page in pages.items():
         where = path.relative_to(site)
         if where.parts[0] != "_modules":

@@ -68,6 +68,7 @@ html_theme = "sphinx_book_theme"
 html_title = f"jaxnorm {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(DOCS / "scorer.js")
 html_sidebars = {"**": ["navbar-logo", "sbt-sidebar-nav"]}  # the search is above the page, which is always in sight
 html_use_index = html_domain_indices = False  # the search finds names; these would scroll sideways
 html_copy_source = html_show_sourcelink = False
@@ -94,7 +95,9 @@ def fill(app, docname, source) -> None:
             app.env.note_dependency(path)
         return text
 
-    source[0] = re.sub(r"^```\{(results|verdicts|first_steps)\}(.*)\n```$", made, source[0], flags=re.MULTILINE)
+    source[0] = re.sub(
+        r"^```\{(results|verdicts|first_steps|remedies)\}(.*)\n```$", made, source[0], flags=re.MULTILINE
+    )
 
 
 def show_arguments(app, what, name, obj, options, lines) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -109,3 +110,10 @@ def first_steps(root: Path) -> tuple[str, list[Path]]:
             figures = [", ".join(str(r[case, contender][stage]["of Flax's"]) for stage in stages) for r in rows]
             lines.append(f"| {case}: {contender} | {' | '.join(figures)} |")
     return "\n".join(lines), paths
+
+
+def remedies(root: Path) -> tuple[str, list[Path]]:
+    """The accuracy of the variants; without headings, which the search would take for those of the page."""
+    path = root / "benchmarks" / "results" / "remedies.md"
+    _, _, tables = path.read_text().partition("\n## ")
+    return re.sub(r"^## (.*)$", r"**\1**", f"## {tables}", flags=re.MULTILINE), [path]

@@ -459,14 +459,20 @@ def test_messages_that_pages_quote_are_given():
 
 def test_check_finds_what_is_wrong_with_a_site(tmp_path):
     """Links that lead nowhere and whatever a browser would load from elsewhere; not links for the reader to follow."""
+    assert list(check.faults(tmp_path)) == [f"{tmp_path}: no pages"]
     (tmp_path / "b.html").write_text('<p id="here">b</p><img src="data:image/png;base64,AA==">')
     (tmp_path / "s.css").write_text("a { color: red }")
     (tmp_path / "a.html").write_text(
         '<link rel="stylesheet" href="s.css"><a href="b.html#here">b</a><a href="#top" id="top">a</a>'
         '<a href="https://example.org/">elsewhere</a>'
+        f'<div class="pst-scrollable-table-container"><table><tr><td>|</td></tr></table></div><code>{"a" * 50}</code>'
+        "<pre>| a | b |</pre>"
     )
     assert list(check.faults(tmp_path)) == []
     wrong = {
+        "<p>| a | b |\n| - | - |</p>": "a table as raw text: | a | b |",
+        "<table><tr><td>a</td></tr></table>": "1 tables outside a box that scrolls",
+        f"<p>{'a' * 50}</p>": "a word too long: aaa",
         '<a href="c.html">': "dead link c.html",
         '<a href="b.html#there">': "dead anchor b.html#there",
         '<a href="#id1">': "dead anchor #id1",
@@ -478,7 +484,7 @@ def test_check_finds_what_is_wrong_with_a_site(tmp_path):
     }
     for line, expected in wrong.items():
         (tmp_path / "a.html").write_text(line)
-        (found,) = check.faults(tmp_path)
+        found = next(check.faults(tmp_path))
         assert found.startswith(f"a.html: {expected}"), line
     (tmp_path / "a.html").write_text("")
     (tmp_path / "s.css").write_text("@import 'https://example.org/a.css'")
