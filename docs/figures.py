@@ -48,7 +48,7 @@ NORMS = {
 
 def axes() -> Figure:
     """An array of ``(batch, positions, channels)`` for each norm, with the values that share one statistic."""
-    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    figure = Figure(figsize=(6.5, 1.9), layout="constrained")
     for panel, (name, shared) in zip(figure.subplots(1, len(NORMS)), NORMS.items(), strict=True):
         for cell, corners in faces():
             together = all(SIZE - index <= shared.get(axis, 1) for axis, index in cell.items())
@@ -109,7 +109,7 @@ CONTENDERS = {
 def networks() -> Figure:
     """Bytes moved and temporaries of a training step, divided by those with Flax's norms."""
     chips = {"H200": "compiled-h200", "TPU v5e": "compiled-tpu-v5e"}
-    figure = Figure(figsize=(8.5, 8.5), layout="constrained")
+    figure = Figure(figsize=(7.2, 8), layout="constrained")
     panels = figure.subplots(len(chips), 2, sharey="row")
     for (left, right), (chip, name) in zip(panels, chips.items(), strict=True):
         rows = [row for row in results(name)["rows"] if is_network(row.get("case", ""))]
@@ -126,7 +126,7 @@ def networks() -> Figure:
         for panel, what in ((left, "bytes moved"), (right, "temporaries")):
             panel.axvline(1, color=GRAY, linewidth=0.8)
             panel.grid(axis="x")
-            panel.set(xlabel=f"{chip}: {what}, divided by Flax's")
+            panel.set(xlabel=f"{chip}: {what} / Flax's")
     found = {}
     for panel in figure.axes:
         found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
@@ -153,7 +153,7 @@ def speed() -> Figure:
     """How many times as fast as each library a norm is on a CPU."""
     summary = results("speed-cpu")["summary"]
     norms = list(product(("batch", "layer", "rms", "group", "instance"), ("float32", "bfloat16")))
-    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, kind in zip(panels, ("forward", "step"), strict=True):
         for library, (color, marker) in LIBRARIES.items():
@@ -171,7 +171,7 @@ def speed() -> Figure:
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(norms)), [f"{norm.replace('rms', 'RMS')}, {dtype}" for norm, dtype in norms])
     panels[0].invert_yaxis()
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=len(LIBRARIES))
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

@@ -1,10 +1,11 @@
 // How the search ranks pages: answers to a question before measurements and words that are only defined.
 "use strict";
 const FIRST = /^(howto\/|troubleshooting$|conventions$|start$)/;
-const LAST = /^(benchmarks$|comparison$|changelog$|glossary$|notebooks\/)/;
+const LAST = /^(benchmarks$|comparison$|changelog$|notebooks\/)/;
 
 var Scorer = {
   score: ([docname, title, anchor, description, score]) => {
+    if (docname === "glossary") return score - 100; // what it defines counts 100
     const more = docname === "howto/masks_and_padding" ? 12 : FIRST.test(docname) ? 10 : LAST.test(docname) ? -20 : 0;
     return score + more;
   },
