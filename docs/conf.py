@@ -131,11 +131,19 @@ def link(app, docname, source) -> None:
     source[0] = re.sub(rf"\]\(({re.escape(up)}\.\./(?!\.\.)[^)#]+\.md)\)", r"](path:\1)", text)
 
 
+def link_back(app, pagename, template, context, doctree) -> None:
+    """Mend links from sources: viewcode takes all names of a file for names of the module that it saw first."""
+    if pagename.startswith("_modules/"):
+        wrong = r"(/api/(linen|nnx|surgery|training)(?:/\w+)?\.html#jaxnorm)\.(?!\2\.)"
+        context["body"] = re.sub(wrong, r"\1.\2.", context["body"])
+
+
 def setup(app):
     """What Sphinx calls."""
     copy_notebooks()
     app.connect("source-read", fill)
     app.connect("source-read", link)
+    app.connect("html-page-context", link_back)
     app.connect("autodoc-process-docstring", show_arguments, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}
