@@ -138,12 +138,21 @@ def link_back(app, pagename, template, context, doctree) -> None:
         context["body"] = re.sub(wrong, r"\1.\2.", context["body"])
 
 
+def link_source(app, pagename, template, context, doctree) -> None:
+    """Let the button of a notebook lead to where it is stored, not to its copy."""
+    for group in context.get("header_buttons", []):
+        for button in group.get("buttons", []):
+            if "url" in button:
+                button["url"] = button["url"].replace("/main/docs/notebooks/", "/main/notebooks/")
+
+
 def setup(app):
     """What Sphinx calls."""
     copy_notebooks()
     app.connect("source-read", fill)
     app.connect("source-read", link)
     app.connect("html-page-context", link_back)
+    app.connect("html-page-context", link_source, priority=900)  # after the theme has made the buttons
     app.connect("autodoc-process-docstring", show_arguments, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}
