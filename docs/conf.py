@@ -101,8 +101,8 @@ def fill(app, docname, source) -> None:
 
 
 def show_arguments(app, what, name, obj, options, lines) -> None:
-    """Describe all arguments of a layer with the layer."""
-    if what == "class" and name.startswith(("jaxnorm.linen", "jaxnorm.nnx")):
+    """Describe all arguments of a layer with the layer, and all settings of the training program."""
+    if what == "class" and name.startswith(("jaxnorm.linen", "jaxnorm.nnx", "jaxnorm.training.Settings")):
         lines[:] = docstrings.with_arguments(obj, "\n".join(lines)).split("\n")
 
 

@@ -133,6 +133,7 @@ def test_arguments_are_shown_before_the_example():
         "  virtual_batch_size: How many consecutive examples are normalized together.\n\nExample:\n  None\n"
     )
     assert docstrings.with_arguments(jaxnorm.nnx.AdaLN, "It is.") == "It is."
+    assert "  batch_size: examples per step, over all" in docstrings.with_arguments(jaxnorm.training.Settings, "It is.")
 
 
 def test_signatures_have_no_addresses():
