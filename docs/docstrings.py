@@ -26,7 +26,7 @@ def below_fields(module: str) -> dict[str, dict[str, str]]:
 
 
 def arguments(cls: type) -> dict[str, str]:
-    """The description of each argument of a layer: below its field, in the class or in a base; the help of a setting."""
+    """What describes each argument of a layer: below its field, in the class or in a base; the help of a setting."""
     docs: dict[str, str] = {}
     for base in reversed([c for c in cls.__mro__ if c.__module__.startswith("jaxnorm")]):
         docs |= below_fields(base.__module__)[base.__name__]
