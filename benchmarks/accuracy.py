@@ -1,4 +1,4 @@
-"""How far normalized outputs are from float64, for data with a large mean: ours, Flax's and, if installed, PyTorch's.
+"""How far normalized outputs are from float64, for data with a large mean: jaxnorm, Flax and, if installed, PyTorch.
 
     python benchmarks/accuracy.py            # a table, results/accuracy.json and .png
 
@@ -7,6 +7,7 @@ Deterministic on one machine.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import flax.linen
@@ -22,17 +23,25 @@ KAPPAS = (0.0, 1e2, 1e3, 1e4, 1e5, 1e6)
 EPSILON = 1e-5
 
 
-def flax_batch_norm(x):
-    """Flax's layer with its defaults, in training."""
-    layer = flax.linen.BatchNorm(use_running_average=False, epsilon=EPSILON)
+def flax_batch_norm(x, **settings):
+    """Flax's layer in training, with its defaults unless ``settings`` say otherwise."""
+    layer = flax.linen.BatchNorm(use_running_average=False, epsilon=EPSILON, **settings)
     return layer.apply(layer.init(jax.random.key(0), x), x, mutable="batch_stats")[0]
+
+
+def at_inference(x):
+    """Normalized by running averages that hold exactly the statistics of ``x``."""
+    running = jaxnorm.update_running(jaxnorm.init_running(x.shape[-1]), jaxnorm.moments(x, 0), alpha=1.0)
+    return jaxnorm.normalize(x, running, epsilon=EPSILON)
 
 
 def contenders():
     """Functions from a float32 array to its normalized output, by name."""
     functions = {
         "jaxnorm": lambda x: jaxnorm.batch_norm(x, epsilon=EPSILON)[0],
+        "jaxnorm, at inference": at_inference,
         f"flax {flax.__version__}": flax_batch_norm,
+        f"flax {flax.__version__}, use_fast_variance=False": partial(flax_batch_norm, use_fast_variance=False),
     }
     try:
         import torch
@@ -47,10 +56,14 @@ def contenders():
 def plot(errors, path):
     """Errors by the mean of the data, on a transparent ground and in colors that are read on white and on black."""
     gray = "#808080"
-    figure, axes = plt.subplots(figsize=(7, 2.6), constrained_layout=True)
-    for color, (name, values) in zip(("#2f8fd8", "#e2703a", gray), errors.items(), strict=False):
-        axes.plot(KAPPAS[1:], values[1:], "o-", color=color)
-        axes.annotate(name, (KAPPAS[-1], values[-1]), (8, 0), textcoords="offset points", va="center", color=color)
+    colors = {"jaxnorm": "#2f8fd8", "flax": "#e2703a", "torch": gray}
+    figure, axes = plt.subplots(figsize=(8.5, 3), constrained_layout=True)
+    above = 0.0
+    for name, values in sorted(errors.items(), key=lambda item: item[1][-1]):
+        color = colors[name.split()[0].rstrip(",")]
+        axes.plot(KAPPAS[1:], values[1:], "o--" if "," in name else "o-", color=color)
+        above = max(np.log10(values[-1]), above + 0.9 if above else -np.inf)  # labels do not overlap
+        axes.annotate(name, (KAPPAS[-1], 10**above), (8, 0), textcoords="offset points", va="center", color=color)
     axes.set(xscale="log", yscale="log", xlabel="mean of the data, in standard deviations", ylabel="largest error of y")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(gray)

@@ -5,7 +5,7 @@
 
 ``norms``: the five normalizations, forward and step. Training steps of `networks`, by contender: ``epilogues``, one
 norm with activation and residual; ``stacks`` of convolutions; ``blocks``, residual and of transformers; ``resnet``:
-ResNet-50; ``small``: what the tests compile. ``replicas``: ResNet-50 on many chips, on both roads of
+ResNet-50; ``small``: what the tests compile. ``replicas``: ResNet-50 on many chips, with both kinds of parallelism of
 `jaxnorm.training`, with its collectives.
 
 Bytes moved and temporaries are in units of the activations, their size on one chip, of all layers; of a ResNet in MB.
@@ -118,7 +118,7 @@ def networks_of(cases_of: Callable[[], Iterator[networks.Case]], target: str):
             print(f"{target}: {case}, {contender}: {seconds:.0f} s", file=sys.stderr)
 
 
-def resnet_step(target: str, road: str, per_chip: int) -> tuple[Any, int, int]:
+def resnet_step(target: str, parallelism: str, per_chip: int) -> tuple[Any, int, int]:
     """A training step of ResNet-50, compiled; how many batch norms and parameter arrays it has."""
     mesh = targets.mesh_of(target)
     model = training.make_model("resnet50", num_classes=1000, dtype=jnp.bfloat16)
@@ -131,16 +131,16 @@ def resnet_step(target: str, road: str, per_chip: int) -> tuple[Any, int, int]:
         "label": shaped((examples,), jnp.int32, mesh, "data"),
         "mask": shaped((examples,), jnp.bool_, mesh, "data"),
     }
-    step = training.make_train_step(model, optimizer, mesh, road=road)
+    step = training.make_train_step(model, optimizer, mesh, parallelism=parallelism)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return compiled, len(jax.tree.leaves(state.batch_stats)) // 2, len(jax.tree.leaves(state.params))
 
 
 def replicas(target: str, per_chip: int = 32):
-    """ResNet-50 on the training program's two roads."""
-    for road in _steps.ROADS:
-        compiled, layers, arrays = resnet_step(target, road, per_chip)
-        row = {"road": road, "examples per chip": per_chip, "batch norms": layers, "parameter arrays": arrays}
+    """ResNet-50 with the training program's two kinds of parallelism."""
+    for parallelism in _steps.PARALLELISM:
+        compiled, layers, arrays = resnet_step(target, parallelism, per_chip)
+        row = {"road": parallelism, "examples per chip": per_chip, "batch norms": layers, "parameter arrays": arrays}
         row |= {k: v for k, v in costs(compiled, 1e6).items() if k in ("kernels", "collectives")}
         yield row | {"temporary MB per chip": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)}
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from jaxnorm import surgery, training
+from jaxnorm import linen, surgery, training
 
 BATCH, SIZE, TURNS = 8, 224, 20
 CHIPS = ("cpu", "tpu-v5e-1", "h200-1")
@@ -50,9 +50,9 @@ def programs(name: str, library: str, dtype: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _as_flax(next_function, args, kwargs, context):
-    """Flax's batch norm and ReLU in the place of ours."""
+    """Flax's batch norm and ReLU in place of jaxnorm's."""
     module: Any = context.module
-    if type(module).__module__ != "jaxnorm.linen":
+    if not isinstance(module, linen.BatchNorm):
         return next_function(*args, **kwargs)
     norm = nn.BatchNorm(True, epsilon=module.epsilon, dtype=module.dtype, parent=module.scope.rewound())
     y = norm(args[0])

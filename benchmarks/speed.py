@@ -1,6 +1,6 @@
 """Time all five normalizations against the peers, on whatever device is there.
 
-    python benchmarks/speed.py            # a table, results/speed-<device>.json and .png
+    python benchmarks/speed.py            # a table and results/speed-<device>.json, which docs/figures.py draws
 
 Forward and training step (forward, and gradients of input, scale and bias) of each library that is installed, in turn
 within one process; medians and quartiles of many runs. Beside them, the time in which the device copies the input: a
@@ -22,16 +22,12 @@ from pathlib import Path
 import cases
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or PyTorch's threads would spin while others are timed
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": 2**32, "MALLOC_TRIM_THRESHOLD_": 2**34, "MALLOC_TOP_PAD_": 2**28}  # mallopt(3)
 
@@ -141,28 +137,6 @@ def summary(rows: list[dict]) -> dict:
     return result
 
 
-def plot(rows: list[dict], path: Path, title: str) -> None:
-    """Time of a step over that of a copy, by case and library."""
-    names = [n for n in rows[0]["ms"] if n != "copy"]
-    figure, panels = plt.subplots(1, len(cases.KINDS), figsize=(14, 0.32 * len(rows) + 2), constrained_layout=True)
-    for panel, kind in zip(panels, cases.KINDS, strict=True):
-        if not any(r["kind"] == kind for r in rows):
-            continue
-        chosen = [r for r in rows if r["kind"] == kind]
-        for i, name in enumerate(names):
-            heights = [r["ms"][name][1] / r["ms"]["copy"][1] if name in r["ms"] else 0 for r in chosen]
-            panel.barh(np.arange(len(chosen)) + 0.8 * i / len(names), heights, 0.8 / len(names), label=name)
-        panel.set_yticks(np.arange(len(chosen)) + 0.4, [f"{r['norm']}: {r['case']}, {r['dtype']}" for r in chosen])
-        panel.set(title=f"{kind}: time / time of a copy", xscale="log", xlim=(0.9, None), ylim=(len(chosen), -0.2))
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.xaxis.set_minor_locator(NullLocator())
-    figure.suptitle(title)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-
-
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,7 +174,6 @@ def main() -> None:
     settings.out.mkdir(exist_ok=True)
     result = {"device": device, "versions": versions, "summary": summary(rows), "quartiles of milliseconds": rows}
     (settings.out / f"speed-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, settings.out / f"speed-{device}.png", f"{device}, jax {jax.__version__}")
 
 
 if __name__ == "__main__":

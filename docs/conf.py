@@ -46,6 +46,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests execute them; their outputs are stored
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that notebooks show are tables
 
 # The API from docstrings ---------------------------------------------------------------------------------------------
 
@@ -64,15 +65,24 @@ copybutton_prompt_is_regexp = True
 # Look ----------------------------------------------------------------------------------------------------------------
 
 html_theme = "sphinx_book_theme"
-html_title = "jaxnorm"
+html_title = f"jaxnorm {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(DOCS / "scorer.js")
+html_sidebars = {"**": ["navbar-logo", "sbt-sidebar-nav"]}  # the search is above the page, which is always in sight
+html_use_index = html_domain_indices = False  # the search finds names; these would scroll sideways
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
+    "article_header_end": ["search-button-field", "article-header-buttons"],
     "navbar_persistent": [],
+    "path_to_docs": "docs",
+    "repository_branch": "main",
+    "repository_url": "https://github.com/jaxnorm/jaxnorm",
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "use_repository_button": True,
+    "use_source_button": True,
 }
 
 
@@ -85,12 +95,14 @@ def fill(app, docname, source) -> None:
             app.env.note_dependency(path)
         return text
 
-    source[0] = re.sub(r"^```\{(results|verdicts|first_steps)\}(.*)\n```$", made, source[0], flags=re.MULTILINE)
+    source[0] = re.sub(
+        r"^```\{(results|verdicts|first_steps|remedies)\}(.*)\n```$", made, source[0], flags=re.MULTILINE
+    )
 
 
 def show_arguments(app, what, name, obj, options, lines) -> None:
-    """Describe all arguments of a layer with the layer."""
-    if what == "class" and name.startswith(("jaxnorm.linen", "jaxnorm.nnx")):
+    """Describe all arguments of a layer with the layer, and all settings of the training program."""
+    if what == "class" and name.startswith(("jaxnorm.linen", "jaxnorm.nnx", "jaxnorm.training.Settings")):
         lines[:] = docstrings.with_arguments(obj, "\n".join(lines)).split("\n")
 
 
@@ -119,11 +131,28 @@ def link(app, docname, source) -> None:
     source[0] = re.sub(rf"\]\(({re.escape(up)}\.\./(?!\.\.)[^)#]+\.md)\)", r"](path:\1)", text)
 
 
+def link_back(app, pagename, template, context, doctree) -> None:
+    """Mend links from sources: viewcode takes all names of a file for names of the module that it saw first."""
+    if pagename.startswith("_modules/"):
+        wrong = r"(/api/(linen|nnx|surgery|training)(?:/\w+)?\.html#jaxnorm)\.(?!\2\.)"
+        context["body"] = re.sub(wrong, r"\1.\2.", context["body"])
+
+
+def link_source(app, pagename, template, context, doctree) -> None:
+    """Let the button of a notebook lead to where it is stored, not to its copy."""
+    for group in context.get("header_buttons", []):
+        for button in group.get("buttons", []):
+            if "url" in button:
+                button["url"] = button["url"].replace("/main/docs/notebooks/", "/main/notebooks/")
+
+
 def setup(app):
     """What Sphinx calls."""
     copy_notebooks()
     app.connect("source-read", fill)
     app.connect("source-read", link)
+    app.connect("html-page-context", link_back)
+    app.connect("html-page-context", link_source, priority=900)  # after the theme has made the buttons
     app.connect("autodoc-process-docstring", show_arguments, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}

@@ -1,6 +1,7 @@
 """What is done to docstrings and signatures before they are shown as the API."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -25,10 +26,12 @@ def below_fields(module: str) -> dict[str, dict[str, str]]:
 
 
 def arguments(cls: type) -> dict[str, str]:
-    """What is said of each argument of a layer: below its field, in the class or in what the class is derived from."""
+    """What describes each argument of a layer: below its field, in the class or in a base; the help of a setting."""
     docs: dict[str, str] = {}
     for base in reversed([c for c in cls.__mro__ if c.__module__.startswith("jaxnorm")]):
         docs |= below_fields(base.__module__)[base.__name__]
+    if dataclasses.is_dataclass(cls):  # the settings of the training program
+        docs |= {field.name: field.metadata["help"] for field in dataclasses.fields(cls) if "help" in field.metadata}
     return {name: docs[name] for name in inspect.signature(cls.__init__).parameters if name in docs}
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,17 +66,26 @@ def badge(verdict: str) -> str:
 
 
 def results(root: Path, name: str) -> tuple[str, list[Path]]:
-    """All rows of a file of ``benchmarks/results``, one table for those that have the same columns."""
+    """All rows of a file of ``benchmarks/results``: one table for those with the same columns and units."""
     path = root / "benchmarks" / "results" / name
     by_columns: dict[tuple[str, ...], list[dict[str, object]]] = {}
-    for row in map(flat, json.loads(path.read_text())["rows"]):
-        by_columns.setdefault(tuple(row), []).append(row)
+    for row in json.loads(path.read_text())["rows"]:
+        named = {named_with_unit(column, row): value for column, value in flat(row).items()}
+        by_columns.setdefault(tuple(named), []).append(named)
     lines = []
     for columns, rows in by_columns.items():
-        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
+        shown = [c for c in columns if c != "target" or len({row[c] for row in rows}) > 1]
+        lines += [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
+        lines += ["| " + " | ".join(str(row[column]) for column in shown) + " |" for row in rows]
         lines.append("")
     return "\n".join(lines), [path]
+
+
+def named_with_unit(column: str, row: dict[str, object]) -> str:
+    """A column of a row of networks with its unit, which is another for whole networks."""
+    if "case" in row and column in ("accessed", "bytes", "temporaries", "temporaries more"):
+        return f"{column}, {'MB' if str(row['case']).startswith('ResNet') else 'activations'}"
+    return column
 
 
 def flat(row: dict[str, object]) -> dict[str, object]:
@@ -90,14 +100,20 @@ def flat(row: dict[str, object]) -> dict[str, object]:
 
 
 def first_steps(root: Path) -> tuple[str, list[Path]]:
-    """How long a step takes to begin, of Flax's, by network and target."""
+    """How long a step takes to begin, divided by the time with Flax's norms, by network and target."""
     paths, stages = sorted((root / "benchmarks" / "results").glob("first-step-*.json")), ("trace", "lower", "compile")
     targets = [path.stem.removeprefix("first-step-") for path in paths]
     rows = [{(r["case"], r["contender"]): r for r in json.loads(path.read_text())["rows"]} for path in paths]
-    header = [f"{target}: {stage}" for target in targets for stage in stages]
-    lines = [f"| | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
+    lines = [f"| {', '.join(stages)} | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
     for case, contender in rows[0]:
         if contender != "flax":
-            figures = [str(r[case, contender][stage]["of Flax's"]) for r in rows for stage in stages]
+            figures = [", ".join(str(r[case, contender][stage]["of Flax's"]) for stage in stages) for r in rows]
             lines.append(f"| {case}: {contender} | {' | '.join(figures)} |")
     return "\n".join(lines), paths
+
+
+def remedies(root: Path) -> tuple[str, list[Path]]:
+    """The accuracy of the variants; without headings, which the search would take for those of the page."""
+    path = root / "benchmarks" / "results" / "remedies.md"
+    _, _, tables = path.read_text().partition("\n## ")
+    return re.sub(r"^## (.*)$", r"**\1**", f"## {tables}", flags=re.MULTILINE), [path]

@@ -73,8 +73,8 @@ def normalize_array(
 
     What the normalizations and the layers call. The moments are in the shape of the axes ``kept``. ``near`` is a point
     for each feature, if one is known, that its mean is not far from. ``adjust`` may give a pair: the statistics used,
-    and those whose moments are reported. ``warn`` is told of ``function`` and what is odd; None where the size of the
-    input means nothing.
+    and those whose moments are reported. ``warn`` gets ``function`` and the message; None where the size of the input
+    means nothing.
     """
     replicas = Replicas(*_axes.check_replicas(function, axis_name, axis_index_groups))
     mask = _axes.check_mask(function, mask, x)
@@ -131,34 +131,36 @@ def standardize(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> tuple[jax.Array, Moments]:
-    r"""Normalize by the statistics over any axes: what all normalizations are, and new ones can be made of.
+    r"""Standardize ``x`` over ``axes``. Every normalization here is a call of this function.
 
     .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    The statistics are right to a few roundings wherever the mean is. In float32 that holds, gradients included, for
-    values and deviations from 1e-15 to 1e15; with weights, from 1e-12 to 1e12 where totals are from 1e-7 to 1e7.
+    The statistics are right to a few roundings at any mean. In float32 that holds, gradients included, for values and
+    deviations from 1e-15 to 1e15; with weights, from 1e-12 to 1e12 if their totals are from 1e-7 to 1e7.
 
     Args:
       x: real or complex floating point array, of any rank.
-      scale: gamma, in the shape of the axes ``axis`` in the order given, or ``(batch, *features)``, one for each
-        example; None for one.
-      bias: beta, likewise; None for zero.
+      scale: gamma, in the shape of the axes ``axis`` in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      bias: beta, in the shape of ``scale``; None for zero.
       axes: the axis or axes over which statistics are shared.
-      axis: the axis or axes of scale and bias.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      centered: False to fix the mean at zero.
-      adjust: a differentiable function from the `Statistics` measured, over all replicas, to those used, applied in
-        between. The mean is ``center + offset``; what is reduced has size one, and may have another that broadcasts.
-      mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured; all values are
-        normalized. What is masked out may be NaN. Where nothing is left, the normalized value is zero.
-      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together.
-      axis_index_groups: lists of replicas that together hold each once; each is normalized with its own list only.
-      activation: applied last: None, a function, or the name of one in ``jax.nn``. A function may close over arrays.
+      axis: the axis or axes of scale and bias. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-5.
+      centered: False fixes the mean at zero. Default: True.
+      adjust: a differentiable function from the `Statistics` that were measured, over all replicas, to those that
+        normalize. The mean is ``center + offset``; reduced axes have size one, and may return another that broadcasts.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together. Leave
+        it out under ``jit``.
+      axis_index_groups: lists of replicas that together hold each once; each list is normalized separately.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
       residual: array of the shape of ``x``, added before the activation.
-      invertible: keep the output for the backward pass, which recovers the input from it, in place of the input.
-        For activations that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Gradients are as
-        exact as the dtype of ``y`` allows: a rounding of ``y`` is divided by the scale. A scale that leaves nothing to
-        recover is refused where its value is known; where it is traced and zero, gradients of that feature are NaN.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`.
+        Gradients are as exact as the dtype of ``y`` allows: a rounding of ``y`` is divided by the scale. A scale of
+        zero is refused if its value is known; if it is traced, gradients of that feature are NaN. Default: False.
 
     Returns:
       ``(y, moments)``: ``y`` in the shape and dtype of ``x``, and the `Moments` over ``axes`` before they were
@@ -221,20 +223,31 @@ def batch_norm(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> tuple[jax.Array, Moments]:
-    r"""Normalize every feature by the statistics of this batch: batch normalization as in training.
+    r"""Normalize each feature by its statistics over the batch, as in training.
 
     .. math:: y = \gamma \, \frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} + \beta
 
-    with the mean and the biased variance of each feature over all other axes, the replicas of ``axis_name`` included.
-    Under ``jit`` with a sharded batch the statistics are those of the whole batch, with no ``axis_name``.
+    with the mean and the biased variance of each feature over all other axes and over the replicas of ``axis_name``.
+    Under ``jit`` with a sharded batch the statistics are those of the whole batch. Use it with batches of 32 and more,
+    and `normalize` with running averages at inference.
 
     Args:
       x: real or complex floating point array, of any rank.
-      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
-      axis: the feature axis, or several.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      mask, axis_name, axis_index_groups, activation, residual, invertible: as in `standardize`.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      bias: beta, in the shape of ``scale``; None for zero.
+      axis: the feature axis, or several. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-5.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together. Leave
+        it out under ``jit``.
+      axis_index_groups: lists of replicas that together hold each once; each list is normalized separately.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``(y, batch)``: ``y`` in the shape and dtype of ``x``, and the `Moments` of the batch in the shape of the feature
@@ -289,20 +302,27 @@ def layer_norm(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> jax.Array:
-    r"""Normalize every example by the statistics of its own features.
+    r"""Normalize each example by the statistics of its own features.
 
     .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    with mean and biased variance over the feature axes. Independent of the batch: the remedy where batches are small,
-    and for recurrent networks.
+    with mean and biased variance over the feature axes. It does not depend on the batch: use it for transformers,
+    recurrent networks and small batches.
 
     Args:
       x: real or complex floating point array, of any rank.
-      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
-      axis: the feature axis, or several.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      mask, activation, residual, invertible: as in `standardize`.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      bias: beta, in the shape of ``scale``; None for zero.
+      axis: the feature axis, or several. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-6.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -349,18 +369,25 @@ def rms_norm(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> jax.Array:
-    r"""Divide every example by the root mean square of its own features.
+    r"""Divide each example by the root mean square of its own features.
 
     .. math:: y = \gamma \, \frac{x}{\sqrt{\overline{x^2} + \epsilon}}
 
-    Layer normalization with the mean fixed at zero.
+    This is layer normalization with the mean fixed at zero. Use it for transformers.
 
     Args:
       x: real or complex floating point array, of any rank.
-      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      axis: the feature axis, or several.
-      epsilon: added to the mean square, in the squared unit of ``x``.
-      mask, activation, residual, invertible: as in `standardize`.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      axis: the feature axis, or several. Default: the last.
+      epsilon: added to the mean square, in the squared unit of ``x``. Default: 1e-6.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -408,22 +435,29 @@ def group_norm(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> jax.Array:
-    r"""Normalize every example by the statistics of groups of neighbouring channels.
+    r"""Normalize each example by the statistics of groups of neighboring channels.
 
     .. math:: y = \gamma \, \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
 
     with mean and biased variance of group g over its channels and all axes but the first, which is the batch. One group
-    is layer normalization over all of them; as many groups as channels is instance normalization.
+    normalizes the whole example; as many groups as channels is instance normalization. Use it for convolutions with
+    small batches.
 
     Args:
-      x: real or complex floating point array of shape ``(batch, ...)``; see ``batched``.
+      x: real or complex floating point array of shape ``(batch, ...)``.
       scale: gamma, one per channel; None for one.
       bias: beta, one per channel; None for zero.
       num_groups: how many groups; divides the number of channels.
-      axis: the channel axis, not the first.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      batched: False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others.
-      mask, activation, residual, invertible: as in `standardize`.
+      axis: the channel axis, not the first. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-6.
+      batched: False for one example without a batch axis, as under ``vmap``. Default: True.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -476,20 +510,28 @@ def instance_norm(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> jax.Array:
-    r"""Normalize every channel of every example by its own statistics.
+    r"""Normalize each channel of each example by its own statistics.
 
     .. math:: y = \gamma \, \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta
 
-    with mean and biased variance over all axes but the first, which is the batch, and the features.
+    with mean and biased variance over all axes but the first, which is the batch, and the features. Use it for style
+    transfer and generation.
 
     Args:
       x: real or complex floating point array of shape ``(batch, ...)``.
-      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
-      axis: the feature axis, or several, not the first.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      batched: False for one example, without a batch axis, as under ``vmap``: the first axis is one of the others.
-      mask, activation, residual, invertible: as in `standardize`.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      bias: beta, in the shape of ``scale``; None for zero.
+      axis: the feature axis, or several, not the first. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-6.
+      batched: False for one example without a batch axis, as under ``vmap``. Default: True.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.
@@ -538,7 +580,7 @@ def normalize(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> jax.Array:
-    r"""Normalize by statistics given: batch normalization as in inference.
+    r"""Normalize by given statistics, as batch normalization does at inference.
 
     .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
@@ -546,11 +588,14 @@ def normalize(
       x: real or complex floating point array, of any rank.
       statistics: `RunningStats`, `Moments` or a pair ``(mean, var)``, in the shape of the feature axes in the order
         given, or ``(batch, *features)``.
-      scale: gamma, likewise; None for one.
-      bias: beta, likewise; None for zero.
-      axis: the feature axis, or several.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      activation, residual, invertible: as in `standardize`.
+      scale: gamma, in one of the same shapes; None for one.
+      bias: beta, in the shape of ``scale``; None for zero.
+      axis: the feature axis, or several. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-5.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``y`` in the shape and dtype of ``x``. Each value depends on its own input alone; replicas need not communicate.
@@ -599,22 +644,23 @@ def moments(
     axis_name: AxisNames | None = None,
     axis_index_groups: Groups | None = None,
 ) -> Moments:
-    r"""Mean, biased variance and count of ``x`` over ``axes``, a mask and replicas.
+    r"""Measure mean, biased variance and count of ``x`` over ``axes``.
 
     With weights :math:`w` (one everywhere, the mask, or real numbers) and :math:`n = \sum w`,
 
     .. math:: \mu = \frac1n \sum w x \qquad \sigma^2 = \frac1n \sum w (x - \mu)^2
 
-    Stable for any mean: the variance is exact to a few roundings where ``E[x^2] - E[x]^2`` has lost every digit. Where
-    the count is zero, so are mean and variance.
+    Stable for any mean: the variance is exact to a few roundings where ``E[x^2] - E[x]^2`` has lost every digit. If the
+    count is zero, mean and variance are zero.
 
     Args:
       x: real or complex floating point array of any shape.
       axes: axis or axes to reduce.
-      mask: broadcasts against ``x``; boolean, or non-negative weights. What is masked out may be NaN.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value is measured. What is masked out may
+        be NaN. Default: None, every value is measured.
       axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are measured together, each by
         its own count.
-      axis_index_groups: lists of replicas that together hold each once; each is measured with its own list only.
+      axis_index_groups: lists of replicas that together hold each once; each list is measured separately.
 
     Returns:
       `Moments` in the shape of the axes of ``x`` that are left; float32, or float64 for float64 input (the mean of
@@ -664,17 +710,17 @@ _policy = jax.checkpoint_policies.save_only_these_names(STATISTICS, OUTPUT)
 
 
 def save_statistics(primitive: Any, *avals: Any, **params: Any) -> Any:
-    """A policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``: keeps statistics, and invertible outputs.
+    """Keep statistics and invertible outputs: a policy for ``jax.checkpoint``, ``nn.remat``, ``nnx.remat``.
 
-    All else is computed again, but no reduction and no collective.
+    Everything else is computed again in the backward pass, but no reduction and no collective.
 
     Args:
-      primitive: what jax asks about.
+      primitive: the operation that jax asks about.
       *avals: shapes and dtypes of its inputs.
       **params: its parameters.
 
     Returns:
-      Whether to keep what it gives.
+      Whether to keep its outputs.
 
     Example:
       >>> import jax, jaxnorm, jax.numpy as jnp

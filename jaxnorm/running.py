@@ -1,4 +1,4 @@
-"""Running averages of moments, as explicit state: begun, updated; and moments merged."""
+"""Running averages as explicit state: start and update them; and merge moments."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,13 +12,12 @@ from jaxnorm._moments import Moments, Statistics, divisor, merge_along
 
 
 class RunningStats(NamedTuple):
-    """Running averages of `Moments`, passed in and handed back: made by `init_running`, whose example shows one.
+    """Running averages of `Moments`, which you pass in and get back. `init_running` makes them.
 
     Attributes:
       mean: average of the batch means, in the shape of the features and the unit of the data.
       var: average of the batch variances, real, in the same shape and the squared unit.
-      count: how many values per feature they have seen, real, in the same shape; what a cumulative average weighs them
-        by.
+      count: how many values per feature they have seen, real, in the same shape: the weight in a cumulative average.
     """
 
     mean: jax.Array
@@ -41,15 +40,15 @@ def _check_statistics(function: str, name: str, value: Any) -> tuple[jax.Array, 
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    r"""The moments of two sets of values together, from the moments of each.
+    r"""Merge the moments of two sets of values: the moments of all values together.
 
     With :math:`n = n_a + n_b` and :math:`\delta = \mu_b - \mu_a` (Chan, Golub and LeVeque, 1979),
 
     .. math:: \mu = \mu_a + \tfrac{n_b}{n} \delta \qquad
        n \sigma^2 = n_a \sigma_a^2 + n_b \sigma_b^2 + \tfrac{n_a n_b}{n} \delta^2
 
-    Associative and commutative up to rounding; a count of zero is neutral. Batches of a data set merge to the moments
-    of the data set, whatever their sizes.
+    The merge is associative and commutative up to rounding, and a count of zero is neutral. Batches of any sizes merge
+    to the moments of the data set.
 
     Args:
       a: `Moments` of any shape.
@@ -86,11 +85,11 @@ def _merged(a: Moments, b: Moments) -> Moments:
 
 
 def init_running(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> RunningStats:
-    """Running averages that have seen nothing: mean zero, variance one, so that `normalize` changes nothing.
+    """Start running averages: mean zero and variance one, so that `normalize` changes nothing yet.
 
     Args:
       features: how many features, or the shape of the feature axes.
-      dtype: of the mean; the variance is real, the count float32 at least.
+      dtype: dtype of the mean; the variance is real, the count float32 at least. Default: float32.
 
     Returns:
       `RunningStats` of that shape.
@@ -114,21 +113,22 @@ def init_running(features: int | Sequence[int], *, dtype: Any = jnp.float32) -> 
 def update_running(
     running: RunningStats, batch: Moments, *, alpha: float | jax.Array | None = 0.1, unbiased: bool = False
 ) -> RunningStats:
-    r"""Running averages after one more batch.
+    r"""Update running averages with the moments of one more batch.
 
     .. math:: \mu \leftarrow (1 - \alpha) \mu + \alpha \mu_B \qquad
        \sigma^2 \leftarrow (1 - \alpha) \sigma^2 + \alpha \sigma_B^2
 
-    Never poisoned: a batch with a statistic that is not finite leaves all as it was, and a feature of which the batch
-    holds no value stays as it was. An average that is not finite itself is begun anew.
+    A batch with a statistic that is not finite changes nothing, and neither does a feature without values in the batch.
+    An average that is not finite itself starts again from the batch.
 
     Args:
       running: the averages so far.
       batch: the `Moments` of a batch, in the same shape.
-      alpha: the weight of the *new* value, in [0, 1] (PyTorch's momentum; one minus Flax's). None for the cumulative
-        average, in which every batch weighs by its count: after equal batches, the plain average of their statistics.
-      unbiased: average ``n / (n - 1)`` times the variance, as PyTorch does, instead of the variance itself. Of one
-        value there is none: such a batch leaves the averages as they were.
+      alpha: the weight of the *new* value, in [0, 1]: PyTorch's momentum, one minus Flax's. None for the cumulative
+        average, in which each batch weighs by its count: after equal batches, the plain average of their statistics.
+        Default: 0.1.
+      unbiased: average ``n / (n - 1)`` times the variance, as PyTorch does. A batch of one value has no such variance
+        and leaves the averages unchanged. Default: False.
 
     Returns:
       `RunningStats` of the same shape and dtypes; the mean becomes complex where that of the batch is.

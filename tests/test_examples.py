@@ -81,10 +81,10 @@ def test_both_scripts_train_the_same_network():
     module.convs[0].kernel[...] = state.params["Conv_0"]["kernel"]
     module.dense.kernel[...] = state.params["Dense_0"]["kernel"]
     results = []
-    for model, roads in ((linen, ["jit"]), (module, ["jit", "shard_map"])):
-        for road in roads:
+    for model, kinds in ((linen, ["jit"]), (module, ["jit", "shard_map"])):
+        for parallelism in kinds:
             state = training.init_state(model, optimizer, (8, 8, 1), mesh=mesh)
-            step = training.make_train_step(model, optimizer, mesh, road=road, accumulate=4)
+            step = training.make_train_step(model, optimizer, mesh, parallelism=parallelism, accumulate=4)
             state, metrics = step(state, training.shard_batch(batch, mesh))
             results.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(state)))
     (expected, linen_state), *others = results

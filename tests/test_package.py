@@ -112,28 +112,57 @@ def results(name):
 def figures():
     """What the README says was measured, from what the commands that it names have stored."""
     accuracy, speed = results("accuracy"), results("speed-cpu")["summary"]
-    errors = [values[accuracy["kappa"].index(10_000)] for values in accuracy["largest error"].values()]
-    ours, flax, torch = (f"{error:.1e}" for error in errors)
-    yield f"is {ours} here, {torch} in PyTorch and {flax} in Flax"
+    at = accuracy["kappa"].index(10_000)
+    errors = {name.split(" ")[0] + name.partition(",")[2]: e[at] for name, e in accuracy["largest error"].items()}
+    for name, words in (
+        ("jaxnorm", "is {} in jaxnorm"),
+        ("flax use_fast_variance=False", "{} in Flax with `use_fast_variance=False`"),
+        ("torch", "{} in PyTorch"),
+        ("flax", "and {} in Flax by default"),
+        ("jaxnorm, at inference", "here as in Flax: {}"),
+    ):
+        yield words.format(f"{errors[name]:.1e}")
 
     rows = {(r["case"], r["contender"]): r for r in results("compiled-h200")["rows"] if "case" in r}
-    share = {act: rows[f"ResNet-50, {act}, batch 128", "drop-in"]["bytes / Flax"] for act in ("relu", "silu")}
-    stack = "8 x (conv, norm, act), unrolled, leaky_relu"
-    kept, flax = (rows[stack, contender]["temporaries"] for contender in ("invertible", "flax"))
-    yield f"a training step of ResNet-50 moves {share['relu']} of the bytes"
-    yield f"and {share['silu']} with SiLU"
-    yield f"keep {kept:.2f} activations a layer instead of {flax:.2f}"
+    resnet50, leaky = (f"ResNet-50, {act}, batch 128" for act in ("relu", "leaky_relu"))
+    held = {name: rows[leaky, name]["temporaries"] for name in ("invertible", "flax")}
+    yield f"{1 - held['invertible'] / held['flax']:.0%} less memory for ResNet-50"
+    yield f"{held['invertible']:,.0f} MB of temporaries instead of {held['flax']:,.0f} MB"
+    yield f"moves {rows[resnet50, 'drop-in']['bytes / Flax']} of the bytes"
 
-    yield f"is {speed['step']['flax.linen']['geometric mean']:.2f} times as fast as flax.linen's"
-    batch = {library: times["geometric mean"] for library, times in speed["step, batch, float32"].items()}
-    yield f"and {batch['flax.linen']:.2f} times for batch norm in float32"
-    yield f"with channels last, in batch norm: {batch['torch']:.2f} in float32"
+    def more(case):
+        return rows[case, "drop-in"]["temporaries"] / rows[case, "flax"]["temporaries"] - 1
+
+    yield f"and holds {-100 * more(resnet50):.1f}% less"
+    yield f"ResNet-18 holds {100 * more('ResNet-18, relu'):.1f}% more"
+
+    yield f"runs {speed['step']['flax.linen']['geometric mean']:.2f}x as fast as flax.linen's"
+    yield f"batch norm in float32: {speed['step, batch, float32']['flax.linen']['geometric mean']:.2f}x"
 
 
 def test_the_figures_of_the_readme_are_those_stored():
     text = " ".join(README.split())
     for figure in figures():
         assert figure in text
+
+
+def taken(layer):
+    """What a layer takes, of the columns of the table in the README, and whether its activation is built in."""
+    names = {*inspect.signature(layer).parameters, *inspect.signature(layer.__call__).parameters}
+    names -= {*layer._lacks[0]}
+    columns = [name in names for name in ("mask", "axis_name", "activation", "invertible", "trainable", "momentum")]
+    return columns, "activation" in layer._lacks[0]
+
+
+def test_the_table_of_layers_in_the_readme_is_what_they_take():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("| `")]
+    shown = {name: cells for names, *cells in rows for name in re.findall(r"\w+", names)}
+    of_layers = {name: cls for name, cls in vars(jaxnorm.linen).items() if hasattr(cls, "_lacks")}
+    assert shown.keys() == of_layers.keys()
+    for name, cells in shown.items():
+        columns, built_in = taken(of_layers[name])
+        assert [cell == "✓" for cell in cells] == columns, name
+        assert (cells[2] == "built in") == built_in, name
 
 
 def test_the_links_of_the_readme_work_on_an_index_page():
@@ -143,7 +172,7 @@ def test_the_links_of_the_readme_work_on_an_index_page():
     for link in links:
         assert link.startswith((REPOSITORY, SITE, RAW)), link
         path = re.sub(f"^{REPOSITORY}(blob|tree)/main/|^{RAW}", "", link)
-        path = re.sub(rf"^{SITE}(.*)\.html$", r"docs/\1.md", path)
+        path = re.sub(rf"^{SITE}(.*)\.html(#.*)?$", r"docs/\1.md", path)
         assert (ROOT / path).exists(), link
 
 

@@ -1,4 +1,4 @@
-"""What the training program is made of: optimizers, steps on meshes by both roads, networks, recalibration."""
+"""What the training program is made of: optimizers, steps with both kinds of parallelism, networks, recalibration."""
 
 import chex
 import jax
@@ -16,7 +16,7 @@ from jaxnorm.linen import BatchNorm
 from jaxnorm.training import _models
 from jaxnorm.training._functions import averaged
 
-STEPS, ROADS = 12, ("jit", "shard_map")
+STEPS, PARALLELISM = 12, ("jit", "shard_map")
 
 
 def mesh_of(devices):
@@ -29,13 +29,13 @@ def part_of_digits(count=230):
     return training.Split(train.images[:count], train.labels[:count])
 
 
-def run(model, devices, road="jit", accumulate=1, optimizer=None, steps=STEPS):
+def run(model, devices, parallelism="jit", accumulate=1, optimizer=None, steps=STEPS):
     """Losses, and the state after some steps."""
     mesh = mesh_of(devices)
     optimizer = optimizer or training.make_optimizer("sgd", 0.02, weight_decay=1e-3)
     data = part_of_digits()
     state = training.init_state(model, optimizer, data.images.shape[1:], seed=0, mesh=mesh)
-    step = training.make_train_step(model, optimizer, mesh, road=road, accumulate=accumulate)
+    step = training.make_train_step(model, optimizer, mesh, parallelism=parallelism, accumulate=accumulate)
     losses = []
     while len(losses) < steps:
         for batch in training.batches(data, 64, seed=len(losses)):
@@ -49,11 +49,11 @@ def one_device():
     return run(training.CNN(widths=(8, 8)), 1)
 
 
-@pytest.mark.parametrize("road", ["jit", "shard_map"])
-def test_one_device_and_four_agree(one_device, road):
+@pytest.mark.parametrize("parallelism", ["jit", "shard_map"])
+def test_one_device_and_four_agree(one_device, parallelism):
     """Losses and running averages after twelve steps, every fourth of them on a partial batch."""
     losses, state = one_device
-    losses_4, state_4 = run(training.CNN(widths=(8, 8)), 4, road)
+    losses_4, state_4 = run(training.CNN(widths=(8, 8)), 4, parallelism)
     # each step adds the rounding of its sums, over 64 images of 64 pixels at the most, to what it was given
     size = STEPS**2 * 64 * 64
     assert_close(losses_4, losses, size)
@@ -75,8 +75,10 @@ class EveryNorm(_models.CNN):
 
 
 @pytest.mark.slow
-def test_both_roads_agree_for_every_norm():
-    (losses, state), (losses_by_hand, state_by_hand) = (run(EveryNorm(), 4, road, steps=4) for road in ROADS)
+def test_both_kinds_of_parallelism_agree_for_every_norm():
+    (losses, state), (losses_by_hand, state_by_hand) = (
+        run(EveryNorm(), 4, parallelism, steps=4) for parallelism in PARALLELISM
+    )
     assert_close(losses_by_hand, losses, 16 * 64 * 64)
     jax.tree.map(lambda a, b: assert_close(a, b, 16 * 64 * 64), state_by_hand.batch_stats, state.batch_stats)
 
@@ -101,8 +103,8 @@ def test_accumulation_without_batch_statistics_is_one_large_batch():
         assert_close(a, b, 16 * 64 * 64)
 
 
-@pytest.mark.parametrize("road", ["jit", "shard_map"])
-def test_averages_see_every_microbatch_by_its_count(road):
+@pytest.mark.parametrize("parallelism", ["jit", "shard_map"])
+def test_averages_see_every_microbatch_by_its_count(parallelism):
     """The averages of the first layer are those of the whole, partial batch, whatever the microbatches."""
     data = part_of_digits(38)
     (batch,) = training.batches(data, 64)
@@ -110,7 +112,7 @@ def test_averages_see_every_microbatch_by_its_count(road):
     for accumulate in (1, 8):
         mesh, model, optimizer = mesh_of(4), training.CNN(widths=(8,)), optax.sgd(0.1)
         state = training.init_state(model, optimizer, (8, 8, 1), seed=0, mesh=mesh)
-        step = training.make_train_step(model, optimizer, mesh, road=road, accumulate=accumulate)
+        step = training.make_train_step(model, optimizer, mesh, parallelism=parallelism, accumulate=accumulate)
         stats.append(jax.device_get(step(state, training.shard_batch(batch, mesh))[0].batch_stats))
     for other in stats[1:]:
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(stats[0]), strict=True):
@@ -157,13 +159,13 @@ def test_bfloat16_keeps_parameters_and_averages_in_float32():
     chex.assert_tree_all_finite((state, metrics))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_step_is_traced_once(road):
+@pytest.mark.parametrize("parallelism", PARALLELISM)
+def test_a_step_is_traced_once(parallelism):
     """Whatever the batches hold: eight of them, of which the fourth and the eighth are partial."""
     chex.clear_trace_counter()
     optimizer = optax.sgd(0.02)
     optimizer = optimizer._replace(update=chex.assert_max_traces(optimizer.update, n=1))
-    run(training.CNN(widths=(8,)), 4, road, optimizer=optimizer, steps=8)
+    run(training.CNN(widths=(8,)), 4, parallelism, optimizer=optimizer, steps=8)
 
 
 def test_logits_have_one_axis_more_than_labels():
@@ -373,7 +375,7 @@ def test_recalibration_refuses_what_it_cannot_measure(small):
         (lambda: training.make_model("cnn", activation="swoosh"), "activation must be one of relu, .*'swoosh'"),
         (lambda: training.make_model("cnn", invertible=True), "invertible needs a norm and activation='leaky_relu'"),
         (lambda: training.make_optimizer("lion", 0.1), "name must be one of sgd, adam; got 'lion'"),
-        (lambda: run(training.CNN(), 1, "highway"), "road must be one of jit, shard_map; got 'highway'"),
+        (lambda: run(training.CNN(), 1, "highway"), "parallelism must be one of jit, shard_map; got 'highway'"),
         (lambda: run(training.CNN(), 4, accumulate=5), "multiple of devices times microbatches, 4 x 5; got 64"),
     ],
 )

@@ -171,7 +171,17 @@ def test_synthetic_images_are_split():
 
 @pytest.mark.slow  # trains to its end, more than once
 def test_resumed_only_with_the_settings_that_its_numbers_depend_on(undisturbed):
-    free = {"folder", "devices", "road", "coordinator", "num_processes", "process_id", "out", "resume", "save_every"}
+    free = {
+        "folder",
+        "devices",
+        "parallelism",
+        "coordinator",
+        "num_processes",
+        "process_id",
+        "out",
+        "resume",
+        "save_every",
+    }
     assert Settings().identity.keys() == {field.name for field in dataclasses.fields(Settings)} - free
     line = failure(*TINY, "--out", undisturbed)
     assert f"{undisturbed / 'checkpoints'} is there already; give --resume to continue that run" in line
@@ -435,7 +445,7 @@ def test_drift_is_the_distance_in_deviations():
 
 def test_processes_with_other_settings_refuse_to_start(monkeypatch):
     """All of them see what all were started with."""
-    first, second = Settings(), Settings(seed=3, road="shard_map")
+    first, second = Settings(), Settings(seed=3, parallelism="shard_map")
     sent = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "devices", lambda: [type("device", (), {"process_index": i}) for i in (0, 1)])
@@ -443,7 +453,9 @@ def test_processes_with_other_settings_refuse_to_start(monkeypatch):
     _run.check_same(first)
     _run.check_same(second)
     monkeypatch.setattr(_run.multihost_utils, "process_allgather", lambda row: sent)
-    with pytest.raises(training.Failure, match=r"process 1 was .*: --seed 3 instead of 0, --road shard_map instead of"):
+    with pytest.raises(
+        training.Failure, match=r"process 1 was .*: --seed 3 instead of 0, --parallelism shard_map instead of"
+    ):
         _run.check_same(first)
     monkeypatch.setattr(jax, "devices", lambda: [type("device", (), {"process_index": i}) for i in (0, 1, 1)])
     with pytest.raises(training.Failure, match="--devices must be the same on all hosts; got 1, 2"):
@@ -478,10 +490,10 @@ def wait_for_metrics(out, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ["jit", "shard_map"])
-def test_two_processes_of_two_devices(tmp_path, road):
+@pytest.mark.parametrize("parallelism", ["jit", "shard_map"])
+def test_two_processes_of_two_devices(tmp_path, parallelism):
     """Losses and averages of one process with one device, over 12 steps, two of them on partial batches."""
-    arguments = (*TINY, "--learning-rate", 0.02, "--road", road)
+    arguments = (*TINY, "--learning-rate", 0.02, "--parallelism", parallelism)
     codes, printed = ended(processes(tmp_path / "two", *arguments))
     assert codes == [0, 0], printed
     run_here(*arguments, "--devices", 1, "--out", tmp_path / "one")

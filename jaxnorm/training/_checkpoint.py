@@ -1,4 +1,4 @@
-"""Checkpoints with orbax: written aside, then renamed, so that there is always a whole one, and read back verified."""
+"""Checkpoints with orbax: written to another name, then renamed, so that one is always whole; verified when read."""
 
 import logging
 import shutil
@@ -17,10 +17,10 @@ from jaxnorm.training._steps import TrainState, all_finite
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last two, and the one of the best accuracy.
+    """Write and read the checkpoints of one run: the last two, and the one with the best accuracy.
 
     Args:
-      folder: created if it does not exist.
+      folder: where they are; created if it does not exist.
 
     Raises:
       Failure: nothing can be written there.

@@ -38,14 +38,36 @@ class MissingDataError(Failure, FileNotFoundError):
 
 
 class Split(NamedTuple):
-    """Images of shape ``(n, height, width, channels)`` in [0, 1], float32, and their labels, int32."""
+    """Images and their labels.
+
+    Attributes:
+      images: float32 in [0, 1], of shape ``(n, height, width, channels)``.
+      labels: int32, of shape ``(n,)``.
+
+    Example:
+      >>> images, labels = Split(np.zeros((5, 8, 8, 1), np.float32), np.arange(5, dtype=np.int32))
+      >>> labels.tolist()
+      [0, 1, 2, 3, 4]
+    """
 
     images: np.ndarray
     labels: np.ndarray
 
 
 def load_digits(*, seed: int = 0) -> tuple[Split, Split]:
-    """The handwritten digits that come with scikit-learn: 1437 images for training and 360 for testing, 8x8 pixels."""
+    """Load the handwritten digits of scikit-learn, 8x8 pixels. Nothing is downloaded.
+
+    Args:
+      seed: which images are for testing. Default: 0.
+
+    Returns:
+      1437 examples for training and 360 for testing.
+
+    Example:
+      >>> train, test = load_digits()
+      >>> train.images.shape, test.images.shape
+      ((1437, 8, 8, 1), (360, 8, 8, 1))
+    """
     from sklearn import datasets, model_selection  # takes two seconds, for which other data need not wait
 
     pixels, targets = datasets.load_digits(return_X_y=True)
@@ -57,11 +79,11 @@ def load_digits(*, seed: int = 0) -> tuple[Split, Split]:
 
 
 def load_mnist(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
-    """MNIST, or a set in the same files such as Fashion-MNIST, from a local folder.
+    """Load MNIST, or a set in the same format such as Fashion-MNIST, from a local folder.
 
     Args:
       folder: has ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
-        ``t10k-labels-idx1-ubyte``, each as it is or, if that is not there, with ``.gz``.
+        ``t10k-labels-idx1-ubyte``, each unpacked or, if that is missing, with ``.gz``.
 
     Returns:
       The examples for training and those for testing, images of shape ``(n, height, width, 1)``: for MNIST, 60000 and
@@ -71,6 +93,18 @@ def load_mnist(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
       FileNotFoundError: a file is missing.
       ValueError: a file is truncated, too long, corrupt or of another kind, has labels other than 0 to 9, or does not
         go with the others.
+
+    Example:
+      >>> import struct, tempfile
+      >>> with tempfile.TemporaryDirectory() as name:
+      ...     folder = Path(name)
+      ...     for part, n in (("train", 3), ("t10k", 2)):
+      ...         images, labels = struct.pack(">4B3I", 0, 0, 8, 3, n, 4, 4), struct.pack(">4BI", 0, 0, 8, 1, n)
+      ...         _ = (folder / f"{part}-images-idx3-ubyte").write_bytes(images + bytes(16 * n))
+      ...         _ = (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels + bytes(range(n)))
+      ...     train, test = load_mnist(folder)
+      >>> train.images.shape, test.labels.tolist()
+      ((3, 4, 4, 1), [0, 1])
 
     References:
       The IDX format: http://yann.lecun.com/exdb/mnist/
@@ -132,7 +166,7 @@ def _open_idx(folder: Path, name: str, ndim: int) -> tuple[Path, tuple[int, ...]
 
 
 def load_cifar10(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
-    """CIFAR-10, its binary version, from a local folder.
+    """Load CIFAR-10 in its binary version from a local folder.
 
     Args:
       folder: has ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, itself or in its subfolder
@@ -144,6 +178,15 @@ def load_cifar10(folder: str | os.PathLike[str]) -> tuple[Split, Split]:
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is truncated, too long or of another kind, or has labels other than 0 to 9.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as name:
+      ...     for part in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+      ...         _ = (Path(name) / f"{part}.bin").write_bytes(bytes([7, *bytes(3 * 32 * 32)]))
+      ...     train, test = load_cifar10(name)
+      >>> train.images.shape, test.labels.tolist()
+      ((5, 32, 32, 3), [7])
 
     References:
       The binary version: https://www.cs.toronto.edu/~kriz/cifar.html
@@ -180,7 +223,7 @@ def num_classes(train: Split, test: Split) -> int:
 
 
 def synthetic(count: int, shape: Sequence[int], num_classes: int = 10, seed: int = 0) -> Split:
-    """Random images of any size that can be learned: each class is a plane wave, to which each image adds noise.
+    """Make random images of any size that can be learned: a plane wave for each class, plus noise for each image.
 
     With frequencies ``u, v`` of the class and a phase ``p`` of the class and channel, all drawn uniformly, an image is
     ``0.5 + 0.3 cos(2 pi (u row + v column + p)) + 0.1 noise``, the noise Gaussian, the sum clipped to [0, 1].
@@ -188,8 +231,8 @@ def synthetic(count: int, shape: Sequence[int], num_classes: int = 10, seed: int
     Args:
       count: the number of images.
       shape: ``(height, width, channels)`` of an image.
-      num_classes: the number of classes; their counts differ by one at most.
-      seed: of everything. Another seed makes other classes: to have a test set, cut it off.
+      num_classes: the number of classes; their counts differ by one at most. Default: 10.
+      seed: seed of everything. Another seed makes other classes: to get a test set, cut it off. Default: 0.
 
     Returns:
       The images, ``(count, height, width, channels)``, and their labels, ``(count,)``.
@@ -221,15 +264,15 @@ def synthetic(count: int, shape: Sequence[int], num_classes: int = 10, seed: int
 def batches(
     data: Split, batch_size: int, *, seed: int | None = None, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over ``data``, every example once, or the part of each batch that belongs to one of several processes.
+    """Iterate over ``data`` once, in batches of one size; the last batch is padded and masked.
 
     Args:
-      data: the examples, all of them, in every process.
+      data: all examples, in every process.
       batch_size: how many examples a batch has room for, over all processes.
-      seed: of the order; None to keep it. The same in every process.
-      process_index: which part of each batch to take, as ``jax.process_index()`` says.
-      process_count: in how many parts each batch is cut, as ``jax.process_count()`` says. The parts of all processes,
-        one after the other, are the batch of a single process.
+      seed: seed of the order, the same in every process; None keeps the order.
+      process_index: which part of each batch to take: ``jax.process_index()``. Default: 0.
+      process_count: into how many parts each batch is cut: ``jax.process_count()``. Default: 1. The parts of all
+        processes together are the batch of a single process.
 
     Returns:
       An iterator over ``{"image", "label", "mask"}``, all of length ``batch_size / process_count``; the mask is False

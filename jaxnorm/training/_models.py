@@ -17,7 +17,7 @@ ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu, "silu": nn.silu, "g
 
 
 class Norm(nn.Module):
-    """The normalization called ``kind``, over what it is defined over, then ``activation``; one scale a channel.
+    """The normalization called ``kind``, over what it is defined over, then ``activation``; one scale per channel.
 
     Layer and RMS normalization share the statistics of a whole example, as in Wu and He, 2018.
     """
@@ -106,7 +106,15 @@ class _Network(nn.Module):
 
 
 class MLP(_Network):
-    """Fully connected layers of the given ``widths``."""
+    """Fully connected layers of the given ``widths``, each with a norm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm import training
+      >>> model, images = training.MLP(widths=(16,), norm="layer"), jnp.zeros((2, 8, 8, 1))
+      >>> model.init_with_output(jax.random.key(0), images, train=False)[0].shape
+      (2, 10)
+    """
 
     widths: Sequence[int] = (256, 256)
 
@@ -120,7 +128,16 @@ class MLP(_Network):
 
 
 class CNN(_Network):
-    """Three by three convolutions of the given ``widths``, all but the first halving the image."""
+    """Three by three convolutions of the given ``widths``, each with a norm; all but the first halve the image.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm import training
+      >>> model, images = training.CNN(widths=(4, 8)), jnp.zeros((2, 8, 8, 1))
+      >>> variables = model.init(jax.random.key(0), images, train=False)
+      >>> variables["batch_stats"]["Norm_1"]["BatchNorm_0"]["mean"].shape
+      (8,)
+    """
 
     widths: Sequence[int] = (32, 64, 64)
 
@@ -134,9 +151,17 @@ class CNN(_Network):
 
 
 class ResNet(_Network):
-    """Residual network (He et al., 2016): ``depths`` blocks a stage, with a bottleneck or without.
+    """Residual network (He et al., 2016) with ``depths`` blocks per stage, with or without a bottleneck.
 
-    Images of fewer than 64 pixels a side get the small stem of the CIFAR networks: one 3x3 convolution, no pooling.
+    Images of fewer than 64 pixels per side get the small stem of the CIFAR networks: one 3x3 convolution, no pooling.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm import training
+      >>> model, images = training.ResNet(depths=(1, 1)), jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+      >>> shapes = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0], images)
+      >>> shapes.shape
+      (2, 10)
     """
 
     depths: Sequence[int] = (2, 2, 2, 2)
@@ -177,7 +202,7 @@ MODELS = {
 
 
 def make_model(name: str, **settings: Any) -> nn.Module:
-    """The network called ``name``.
+    """Make the network called ``name``.
 
     Args:
       name: one of `MODELS`.
@@ -188,8 +213,13 @@ def make_model(name: str, **settings: Any) -> nn.Module:
       A Linen module, called with images of shape ``(batch, height, width, channels)``.
 
     Raises:
-      ValueError: an unknown network, normalization, place or activation, of which the message lists those there are;
-        or invertible with an activation that cannot be undone.
+      ValueError: an unknown network, norm, place or activation; the message lists the known ones. Or invertible with an
+        activation that cannot be undone.
+
+    Example:
+      >>> from jaxnorm import training
+      >>> training.make_model("cnn", norm="group", num_classes=2).norm
+      'group'
     """
     for what, value, known in (
         ("model", name, MODELS),

@@ -45,7 +45,7 @@ class MetricsFile:
     """Metrics as JSON lines, only ever added to.
 
     A resumed run adds ``{"kind": "resume", "step": n, "epoch": k}``, by which readers know that of what is above only
-    the first n steps and k epochs count. A file with other lines in it is renamed, and its records are written anew.
+    the first n steps and k epochs count. A file with other lines in it is renamed, and its records are written again.
 
     Args:
       path: of the file.
@@ -103,7 +103,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _add(records: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    """Add one record, after which those that a resumed run makes anew no longer count."""
+    """Add one record, after which those that a resumed run makes again no longer count."""
     if record["kind"] != "resume":
         records.append(record)
         return

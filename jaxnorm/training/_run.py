@@ -62,7 +62,7 @@ def check_same(settings: Settings) -> None:
     counts = [sum(d.process_index == p for d in jax.devices()) for p in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise Failure(f"--devices must be the same on all hosts; got {', '.join(map(str, counts))}")
-    shared = ("devices", "road", "num_processes", "save_every", "resume")
+    shared = ("devices", "parallelism", "num_processes", "save_every", "resume")
     mine = settings.identity | {name: getattr(settings, name) for name in shared} | {"out": str(settings.out)}
     sent = np.frombuffer(json.dumps(mine).encode().ljust(8192), np.uint8)
     first, *others = (json.loads(bytes(row)) for row in multihost_utils.process_allgather(sent))
@@ -83,14 +83,22 @@ def load(settings: Settings) -> tuple[_data.Split, _data.Split]:
 
 
 class Run:
-    """One run of training: its data, steps and files.
+    """One run of training: its data, steps and files. Call it to train.
 
     Args:
-      settings: of the run.
-      signals: that stop it after a step.
+      settings: the settings of the run.
+      signals: signals that stop it after a step; by default SIGINT and SIGTERM.
 
     Raises:
       Failure: data or devices are not what the settings say.
+
+    Example:
+      It sets how many devices are simulated, so make it before anything else uses jax:
+
+      >>> from jaxnorm import training
+      >>> def train(folder):
+      ...     settings = training.Settings(model="mlp", epochs=1, devices=1, out=folder)
+      ...     return training.Run(settings)()["accuracy"]
     """
 
     def __init__(self, settings: Settings, signals: Signals | None = None) -> None:
@@ -115,7 +123,7 @@ class Run:
         shape = self.train.images.shape[1:]
         self.state = _steps.init_state(self.model, optimizer, shape, seed=settings.seed, mesh=self.mesh)
         self.train_step = _steps.make_train_step(
-            self.model, optimizer, self.mesh, road=settings.road, accumulate=settings.accumulate
+            self.model, optimizer, self.mesh, parallelism=settings.parallelism, accumulate=settings.accumulate
         )
         self.eval_step = _steps.make_eval_step(self.model, self.mesh)
         self.measure_step = _steps.make_measure_step(self.model, self.mesh)

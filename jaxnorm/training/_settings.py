@@ -24,37 +24,49 @@ def _setting(default: Any, group: str, description: str, choices: Any = None, nu
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What ``python -m jaxnorm.training --help`` lists, checked against each other.
+    """The settings of a run: what ``python -m jaxnorm.training --help`` lists.
 
     Raises:
-      ValueError: a value is out of range, or two do not go together.
+      ValueError: a value is out of range, or two do not fit together.
+
+    Example:
+      >>> from jaxnorm import training
+      >>> training.Settings(norm="group", epochs=3).batch_size
+      128
+      >>> training.Settings(batch_size=3)
+      Traceback (most recent call last):
+      ValueError: --batch-size must be a multiple of devices times processes times microbatches, 4 x 1 x 1; got 3
     """
 
     model: str = _setting("cnn", _WHAT, "the network", _models.MODELS)
     norm: str = _setting("batch", _WHAT, "its normalization", _models.NORMS)
     place: str = _setting("before", _WHAT, "normalize before or after activation", _models.PLACES)
-    activation: str = _setting("relu", _WHAT, "of the network", _models.ACTIVATIONS)
-    invertible: bool = _setting(False, _WHAT, "store less of normalizations; with leaky_relu")
-    momentum: float = _setting(0.9, _WHAT, "weight of the old running averages")
-    data: str = _setting("digits", _WHAT, "images", DATA)
+    activation: str = _setting("relu", _WHAT, "the activation of the network", _models.ACTIVATIONS)
+    invertible: bool = _setting(False, _WHAT, "store only the outputs of norms; needs leaky_relu")
+    momentum: float = _setting(0.9, _WHAT, "weight of the old value in the running averages")
+    data: str = _setting("digits", _WHAT, "which images to train on", DATA)
     folder: Path | None = _setting(None, _WHAT, "where the files of mnist or cifar10 are", numbers=False)  # noqa: RUF009
-    image_size: int = _setting(32, _WHAT, "pixels a side, of synthetic images")
+    image_size: int = _setting(32, _WHAT, "pixels per side of synthetic images")
     epochs: int = _setting(15, _HOW, "passes over the training images")
     batch_size: int = _setting(128, _HOW, "examples per step, over all devices and hosts")
-    accumulate: int = _setting(1, _HOW, "microbatches added up for each step")
+    accumulate: int = _setting(1, _HOW, "microbatches to add up for each step")
     optimizer: str = _setting("sgd", _HOW, "sgd with Nesterov momentum, or adam", _steps.OPTIMIZERS)
     learning_rate: float = _setting(0.3, _HOW, "peak of the one-cycle cosine schedule")
-    weight_decay: float = _setting(0.0, _HOW, "of all but scale and bias")
-    dtype: str = _setting("float32", _HOW, "of the computation; parameters stay float32", DTYPES)
-    recalibrate: bool = _setting(False, _HOW, "end with the statistics of all training images")
-    seed: int = _setting(0, _HOW, "of initialization, split and order")
-    devices: int = _setting(4, _WHERE, "on this host; simulated where there is only a CPU", numbers=False)
-    road: str = _setting("jit", _WHERE, "automatic sharding, or by hand with pmean", _steps.ROADS, numbers=False)
+    weight_decay: float = _setting(0.0, _HOW, "weight decay of everything but scale and bias")
+    dtype: str = _setting("float32", _HOW, "dtype of the computation; parameters stay float32", DTYPES)
+    recalibrate: bool = _setting(
+        False, _HOW, "replace the running averages by statistics of all training images at the end"
+    )
+    seed: int = _setting(0, _HOW, "seed of initialization, split and order")
+    devices: int = _setting(4, _WHERE, "devices on this host; simulated if there is only a CPU", numbers=False)
+    parallelism: str = _setting(
+        "jit", _WHERE, "sharded by jit, or shard_map with pmean", _steps.PARALLELISM, numbers=False
+    )
     coordinator: str | None = _setting(None, _WHERE, "host:port of process 0, for several hosts", numbers=False)
     num_processes: int = _setting(1, _WHERE, "how many hosts", numbers=False)
     process_id: int = _setting(0, _WHERE, "which of them this is", numbers=False)
     out: Path | None = _setting(None, _LEFT, "folder of the run; runs/<time> if not given", numbers=False)  # noqa: RUF009
-    resume: bool = _setting(False, _LEFT, "go on from the last checkpoint in --out, if there is one", numbers=False)
+    resume: bool = _setting(False, _LEFT, "continue from the last checkpoint in --out, if there is one", numbers=False)
     save_every: int = _setting(0, _LEFT, "steps between checkpoints; 0 for each epoch", numbers=False)
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
 """State and steps: pure functions, compiled for a mesh over which the batch is sharded.
 
-There are two roads, and they give the same numbers. On the main one, ``jit``, the batch is sharded and every mean is a
+There are two kinds of parallelism, which give the same numbers. With ``jit``, the batch is sharded and every mean is a
 mean over the whole batch: of the loss, so that gradients need no ``pmean``, and in batch normalization, so that its
-statistics are those of all devices. On the explicit one, ``shard_map``, each device sees its own examples; batch
-statistics are shared by ``axis_name`` and gradients by ``pmean``.
+statistics are those of all devices. With ``shard_map``, each device sees its own examples; batch statistics are shared
+by ``axis_name`` and gradients by ``pmean``.
 """
 
 import warnings
@@ -24,18 +24,25 @@ from jax.sharding import PartitionSpec as P
 from jaxnorm.training._functions import Batch, Functions, averaged, functions_of, is_moments, merged, replaced
 
 Metrics = dict[str, jax.Array]
-ROADS = ("jit", "shard_map")
+PARALLELISM = ("jit", "shard_map")
 OPTIMIZERS = ("sgd", "adam")
 
 
 class TrainState(NamedTuple):
-    """All that training changes.
+    """Everything that training changes. `init_state` makes one.
 
     Attributes:
       step: how many updates were made.
-      params: learned by gradient descent.
+      params: parameters, which gradient descent learns.
       batch_stats: running averages of the batch normalization layers.
-      opt_state: of the optimizer.
+      opt_state: state of the optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnorm import training
+      >>> state = training.TrainState(jnp.array(0), {"w": jnp.ones(2)}, {}, ())
+      >>> state._replace(step=state.step + 1).step.item()
+      1
     """
 
     step: jax.Array
@@ -47,19 +54,28 @@ class TrainState(NamedTuple):
 def make_optimizer(
     name: str, learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, decay_all: bool = False
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum, or Adam, with decoupled weight decay.
+    """Make SGD with Nesterov momentum, or Adam, with decoupled weight decay.
 
     Args:
       name: "sgd" or "adam".
       learning_rate: a number or a schedule.
-      weight_decay: multiplied by the learning rate, taken off the parameters at each step.
-      decay_all: decay scale and bias too, which decay leaves alone otherwise: all parameters that are vectors.
+      weight_decay: times the learning rate, subtracted from the parameters at each step. Default: 0.
+      decay_all: True decays scale and bias too. By default parameters that are vectors do not decay.
 
     Returns:
       An optax optimizer.
 
     Raises:
       ValueError: an unknown name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxnorm import training
+      >>> params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+      >>> optimizer = training.make_optimizer("sgd", 0.1, weight_decay=0.5)
+      >>> updates, _ = optimizer.update({k: 0 * v for k, v in params.items()}, optimizer.init(params), params)
+      >>> updates["kernel"][0].tolist(), updates["scale"].tolist()  # the scale does not decay
+      ([-0.05000000074505806, -0.05000000074505806], [-0.0, -0.0])
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"make_optimizer: name must be one of {', '.join(OPTIMIZERS)}; got {name!r}.")
@@ -82,17 +98,26 @@ def init_state(
     seed: int = 0,
     mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step, on every device of ``mesh``.
+    """Make the state before the first step, on every device of ``mesh``.
 
     Args:
-      model: see `make_train_step`. A module of NNX brings its parameters; those of a Linen module are made here,
-      optimizer: from optax.
-      image_shape: for images of this shape,
-      seed: from this seed.
-      mesh: of devices.
+      model: see `make_train_step`. An NNX module brings its parameters; those of a Linen module are made here.
+      optimizer: an optimizer from optax.
+      image_shape: shape of one image, for a Linen module.
+      seed: seed of the parameters, for a Linen module. Default: 0.
+      mesh: mesh of devices.
 
     Returns:
-      The state, which shares no array with ``model``.
+      A `TrainState`, which shares no array with ``model``.
+
+    Example:
+      >>> import jax
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, optimizer = training.MLP(widths=(4,)), training.make_optimizer("sgd", 0.1)
+      >>> state = training.init_state(model, optimizer, (2, 2, 1), mesh=mesh)
+      >>> int(state.step), sorted(state.params), sorted(state.batch_stats)
+      (0, ['Dense_0', 'Dense_1', 'Norm_0'], ['Norm_0'])
     """
     functions = functions_of(model)
 
@@ -105,7 +130,23 @@ def init_state(
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The parts of a batch that the processes hold, as one array sharded over ``mesh``."""
+    """Shard a batch over ``mesh``, from the part that each process holds.
+
+    Args:
+      batch: this process's part of the arrays, by name.
+      mesh: mesh of devices, over all of whose axes the batch is sharded.
+
+    Returns:
+      The arrays of the whole batch.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> label = training.shard_batch({"label": np.arange(4)}, mesh)["label"]
+      >>> label.sharding.spec == jax.sharding.PartitionSpec("data")
+      True
+    """
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
@@ -129,7 +170,7 @@ def _metrics(logits: jax.Array, batch: Batch) -> Metrics:
 
 
 def _gradients(forward: Callable, state: TrainState, batch: Batch, total: jax.Array) -> tuple[Any, Metrics, Any]:
-    """Gradients of the summed loss divided by ``total``, the metrics, and what else ``forward`` returns."""
+    """Gradients of the summed loss divided by ``total``, the metrics, and the other output of ``forward``."""
 
     def loss_of(params):
         logits, others = forward(params, state.batch_stats, batch)
@@ -166,33 +207,47 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
-    road: str = "jit",
+    parallelism: str = "jit",
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A compiled step ``state, batch -> state, metrics``. The state given is consumed.
+    """Compile a training step ``state, batch -> state, metrics``. It consumes the state that is passed in.
 
     Args:
-      model: of Linen, called as ``model(images, train=train, mask=mask)``, or of NNX, called as ``model(images,
-        mask=mask)``; the mask, of shape ``(batch,)``, says which examples count. With microbatches, and for what else
-        needs moments, the batch normalizations must be those of `jaxnorm`, and a Linen module must hand them its
-        attribute ``momentum``; for the road "shard_map" also its ``axis_name``.
-      optimizer: from optax.
-      mesh: over all of whose axes the batch is sharded.
-      road: "jit" or "shard_map", which give the same numbers.
-      accumulate: microbatches of which the gradients are added up before each update. The running averages see their
-        moments merged, each by its count.
+      model: a Linen module, called as ``model(images, train=train, mask=mask)``, or an NNX module, called as
+        ``model(images, mask=mask)``. The mask, of shape ``(batch,)``, is True for examples that count. With
+        microbatches, the batch norms must be jaxnorm's, and a Linen module must pass them its attribute ``momentum``;
+        for parallelism "shard_map" also its ``axis_name``.
+      optimizer: an optimizer from optax.
+      mesh: mesh of devices, over all of whose axes the batch is sharded.
+      parallelism: "jit" or "shard_map", which give the same numbers. Default: "jit".
+      accumulate: how many microbatches to add up before each update. The running averages see their moments merged,
+        each by its count. Default: 1.
 
     Returns:
       The step. The metrics are sums over the examples that the mask keeps.
 
     Raises:
-      ValueError: an unknown road, or when called: a batch that does not split into so many parts.
+      ValueError: an unknown parallelism; or, in a step, a batch that does not split into the microbatches.
+
+    Example:
+      >>> import jax
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, optimizer = training.MLP(widths=(4,)), training.make_optimizer("sgd", 0.1)
+      >>> state = training.init_state(model, optimizer, (2, 2, 1), mesh=mesh)
+      >>> (batch,) = training.batches(training.synthetic(8, (2, 2, 1)), 8)
+      >>> batch = training.shard_batch(batch, mesh)
+      >>> step = training.make_train_step(model, optimizer, mesh)
+      >>> state, metrics = step(state, batch)
+      >>> int(state.step), float(metrics["count"])
+      (1, 8.0)
     """
-    if road not in ROADS:
-        raise ValueError(f"make_train_step: road must be one of {', '.join(ROADS)}; got {road!r}.")
+    if parallelism not in PARALLELISM:
+        known = ", ".join(PARALLELISM)
+        raise ValueError(f"make_train_step: parallelism must be one of {known}; got {parallelism!r}.")
     names = mesh.axis_names
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(names))
-    functions = functions_of(model, None if road == "jit" else names)
+    functions = functions_of(model, None if parallelism == "jit" else names)
 
     def apply(state, grads, batch_stats):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -210,7 +265,7 @@ def make_train_step(
         return apply(state, lax.pmean(grads, names), batch_stats), lax.psum(metrics, names)
 
     compiled = jax.jit(
-        with_jit if road == "jit" else with_shard_map,
+        with_jit if parallelism == "jit" else with_shard_map,
         donate_argnums=0,
         in_shardings=(replicated, sharded),
         out_shardings=(replicated, replicated),
@@ -229,7 +284,26 @@ def make_train_step(
 
 
 def make_eval_step(model: nn.Module | nnx.Module, mesh: Mesh) -> Callable[[TrainState, Batch], Metrics]:
-    """A compiled step ``state, batch -> metrics`` that normalizes by the running averages."""
+    """Compile a step ``state, batch -> metrics`` that normalizes by the running averages.
+
+    Args:
+      model: see `make_train_step`.
+      mesh: mesh of devices, over all of whose axes the batch is sharded.
+
+    Returns:
+      The step. The metrics are sums over the examples that the mask keeps.
+
+    Example:
+      >>> import jax
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, optimizer = training.MLP(widths=(4,)), training.make_optimizer("sgd", 0.1)
+      >>> state = training.init_state(model, optimizer, (2, 2, 1), mesh=mesh)
+      >>> (batch,) = training.batches(training.synthetic(8, (2, 2, 1)), 8)
+      >>> batch = training.shard_batch(batch, mesh)
+      >>> sorted(training.make_eval_step(model, mesh)(state, batch))
+      ['correct', 'count', 'loss']
+    """
     functions = functions_of(model)
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names))
 
@@ -241,11 +315,29 @@ def make_eval_step(model: nn.Module | nnx.Module, mesh: Mesh) -> Callable[[Train
 
 
 def make_measure_step(model: nn.Module | nnx.Module, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Metrics, Any]]:
-    """A compiled step ``state, batch -> metrics, moments`` that normalizes by the statistics of the batch.
+    """Compile a step ``state, batch -> metrics, moments`` that normalizes by the statistics of the batch.
 
-    The moments are those of each batch normalization, in a tree of `jaxnorm.Moments`. Examples that hold a value that
-    is not finite are left out; the metrics count them as ``left_out``, and as ``unmeasured`` batches of which the
-    moments of some layer are not finite all the same.
+    Examples with a value that is not finite are left out. The metrics count them as ``left_out``, and they count as
+    ``unmeasured`` batches in which the moments of some layer are still not finite.
+
+    Args:
+      model: see `make_train_step`.
+      mesh: mesh of devices, over all of whose axes the batch is sharded.
+
+    Returns:
+      The step. The moments are a tree with the `jaxnorm.Moments` of each batch norm.
+
+    Example:
+      >>> import jax
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, optimizer = training.MLP(widths=(4,)), training.make_optimizer("sgd", 0.1)
+      >>> state = training.init_state(model, optimizer, (2, 2, 1), mesh=mesh)
+      >>> (batch,) = training.batches(training.synthetic(8, (2, 2, 1)), 8)
+      >>> batch = training.shard_batch(batch, mesh)
+      >>> metrics, moments = training.make_measure_step(model, mesh)(state, batch)
+      >>> moments["Norm_0"]["BatchNorm_0"].count.tolist()
+      [8.0, 8.0, 8.0, 8.0]
     """
     functions = functions_of(model)
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names))
@@ -325,7 +417,20 @@ def recalibrate(
 
 
 def mean_metrics(metrics: Iterable[Metrics]) -> dict[str, float]:
-    """Mean loss and accuracy over all examples of several batches."""
+    """Average loss and accuracy over all examples of several batches.
+
+    Args:
+      metrics: what the steps returned: sums over examples, for each batch.
+
+    Returns:
+      ``{"loss": ..., "accuracy": ...}``.
+
+    Example:
+      >>> from jaxnorm import training
+      >>> sums = [{"loss": 3.0, "correct": 1, "count": 2}, {"loss": 1.0, "correct": 2, "count": 2}]
+      >>> training.mean_metrics(sums)
+      {'loss': 1.0, 'accuracy': 0.75}
+    """
     total = jax.tree.map(lambda *values: float(sum(values)), *metrics)
     return {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
 
@@ -333,10 +438,30 @@ def mean_metrics(metrics: Iterable[Metrics]) -> dict[str, float]:
 def evaluate(
     eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, data: Iterable[Batch]
 ) -> dict[str, float]:
-    """Mean loss and accuracy of ``state`` over the batches of ``data``.
+    """Evaluate ``state`` on the batches of ``data``.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      state: the state to evaluate.
+      data: sharded batches.
+
+    Returns:
+      Mean loss and accuracy over all examples: ``{"loss": ..., "accuracy": ...}``.
 
     Raises:
       ValueError: no batches.
+
+    Example:
+      >>> import jax
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, optimizer = training.MLP(widths=(4,)), training.make_optimizer("sgd", 0.1)
+      >>> state = training.init_state(model, optimizer, (2, 2, 1), mesh=mesh)
+      >>> (batch,) = training.batches(training.synthetic(8, (2, 2, 1)), 8)
+      >>> batch = training.shard_batch(batch, mesh)
+      >>> result = training.evaluate(training.make_eval_step(model, mesh), state, [batch])
+      >>> sorted(result), 0 <= result["accuracy"] <= 1
+      (['accuracy', 'loss'], True)
     """
     sums = [eval_step(state, batch) for batch in data]
     if not sums:
