@@ -21,7 +21,7 @@ BOXES = {"pst-scrollable-table-container", "cell_output"}
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 LONGEST_WORD = 40
 """Letters that fit a screen 400 pixels wide. Code may be longer: the style sheet breaks or scrolls it."""
-PENDING = ("howto/port_from_pytorch.md", "surgery.md")
+PENDING = ()
 """Pages that still hide code."""
 HIDDEN = re.compile(r"<!-{2,3}\s*(?:invisible-code-block|skip)")
 LOADS = {"audio", "embed", "iframe", "img", "input", "object", "script", "source", "track", "video"}

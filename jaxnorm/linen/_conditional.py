@@ -1,6 +1,6 @@
 """Norms whose scale and bias are computed from a condition, of shape ``(batch, conditions)``.
 
-``modulation``, a dense layer begun with zeros, computes the scale less one and the bias.
+``modulation``, a dense layer initialized with zeros, computes the scale less one and the bias.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from jaxnorm.linen._remedies import Example
 
 
 def modulation(layer: nn.Module, x: Array, axis: Any, condition: Array, parts: int = 2) -> list[jax.Array]:
-    """Scale, bias and what else there is of each example."""
+    """Scale, bias and the other parts, per example."""
     features = jnp.shape(x)[_layers.one_axis(_layers.label(layer, layer.path), axis)]
     dense = nn.Dense(parts * features, kernel_init=nn.initializers.zeros, name="modulation")
     scale, *rest = jnp.split(dense(condition), parts, axis=-1)
@@ -72,7 +72,7 @@ class ConditionalBatchNorm(BatchNorm):
 
 
 class Conditional(Example):
-    """Of examples, each by itself and with scale and bias of its own."""
+    """Of single examples, each with its own scale and bias."""
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -84,7 +84,7 @@ class Conditional(Example):
         trainable: bool | None = None,
         residual: Array | None = None,
     ) -> jax.Array:
-        """Normalize every example of ``x`` by itself, with scale and bias from ``condition``.
+        """Normalize each example of ``x`` separately, with scale and bias from ``condition``.
 
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.
@@ -170,7 +170,7 @@ class AdaLN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, condition: Array) -> tuple[jax.Array, jax.Array]:
-        """Normalize every example of ``x`` by itself, with scale, bias and gate from ``condition``.
+        """Normalize each example of ``x`` separately, with scale, bias and gate from ``condition``.
 
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.

@@ -26,7 +26,7 @@ Initializer = nn.initializers.Initializer
 
 
 def parameter(layer: Any, name: str, shape: tuple[int, ...], trainable: bool | None, init: Any) -> tuple[Any, Any]:
-    """A parameter as it is stored, and as it is used: a constant to differentiation where it does not train."""
+    """A parameter, stored and used: the latter is a constant to differentiation where it does not train."""
     if layer.has_variable("params", name):
         label = _layers.label(layer, layer.path)
         _layers.check_features(label, shape, jnp.shape(meta.unbox(layer.get_variable("params", name))))
@@ -41,7 +41,7 @@ def _less_one(init: Initializer) -> Any:
 def arguments(
     layer: Any, x: jax.Array, axis: tuple[int, ...], trainable: bool | None, affine: tuple[Any, Any] | None = None
 ) -> tuple[dict[str, Any], Function]:
-    """What a formula is told by every layer, and the module that follows it; ``affine`` stands for scale and bias."""
+    """The arguments of a formula that all layers have, and the module that follows it; ``affine`` stands for scale and bias."""
     features = tuple(x.shape[a] for a in axis)
     _, shape = layer._variable_shapes(features)
     stored: dict[str, Any] = {"scale": None, "bias": None}
@@ -127,7 +127,7 @@ class Layer(nn.Module):
           x: array.
           axis: the feature axes.
           dtype: of the output, where it is another.
-          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what
+          **given: scale and bias, everything that is `_learned`, epsilon, mask, residual, activation, invertible; and what
             the call of the layer passes on.
 
         Returns:
@@ -163,7 +163,7 @@ class Layer(nn.Module):
 
     @nn.nowrap
     def _learned(self, features: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], float]]:
-        """What is learned besides scale and bias: by name, its shape and where it starts.
+        """The learned parameters other than scale and bias: shape and initial value, by name.
 
         Args:
           features: the shape of the feature axes.
@@ -175,7 +175,7 @@ class Layer(nn.Module):
 
     @nn.nowrap
     def _output(self, x: Array, *, trainable: bool | None, affine: Any = None, **given: Any) -> jax.Array:
-        """The output; ``affine`` stands for scale and bias, and the formula gets all else that is given."""
+        """The output; ``affine`` stands for scale and bias, and the formula gets everything else."""
         x = _layers.as_input(x)
         settings, after = arguments(self, x, self._feature_axes(x), trainable, affine)
         settings = _layers.without(_layers.label(self, self.path), self, settings | given)
@@ -339,7 +339,7 @@ class BatchNorm(Layer, Replicated, Affine, _Averaged):
           running: the averages before.
           axis: the feature axes.
           dtype: of the output, where it is another than that of ``x``.
-          **given: scale and bias, what else is `_learned`, epsilon, mask, axis_name, axis_index_groups, residual,
+          **given: scale and bias, everything that is `_learned`, epsilon, mask, axis_name, axis_index_groups, residual,
             activation, invertible; and what the call of the layer passes on.
 
         Returns:
@@ -396,7 +396,7 @@ class BatchNorm(Layer, Replicated, Affine, _Averaged):
         affine: Any = None,
         **given: Any,
     ) -> jax.Array:
-        """The output; averages move. ``affine`` stands for scale and bias; what normalizes gets all else."""
+        """The output; averages move. ``affine`` stands for scale and bias; the formula gets the rest."""
         use_running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         update = _layers.first_given(update_running_average, self.update_running_average, not use_running)
         x, label, initializing = _layers.as_input(x), _layers.label(self, self.path), self.is_initializing()
@@ -512,7 +512,7 @@ def trainable_mask(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) 
       model: the module.
       variables: its variables.
       *args: the inputs, and whatever else ``model`` is called with.
-      **kwargs: likewise, and options of ``model.apply``.
+      **kwargs: keyword arguments and options of ``model.apply``.
 
     Returns:
       True or False, in the structure of ``variables["params"]``.

@@ -11,7 +11,7 @@ from jaxnorm.linen._norms import BatchNorm, Initializer
 
 
 class StepBatchNorm(BatchNorm):
-    """Batch normalization of one time step, within ``nn.scan``; begun with a scale of 0.1 and no bias.
+    """Batch normalization of one time step, within ``nn.scan``; initialized with a scale of 0.1 and no bias.
 
     The norm of `BatchNormLSTMCell`, whose authors begin with 0.1 (Cooijmans et al., 2017).
 

@@ -79,7 +79,7 @@ class BatchRenorm(BatchNorm, kw_only=True):
     r_max: float | Callable[[Any], Any] = 3.0
     """Bound of r, or a schedule: a function of the number of updates, as optax has them."""
     d_max: float | Callable[[Any], Any] = 5.0
-    """Bound of d, likewise."""
+    """Bound of d, or a schedule."""
 
     @nn.nowrap
     def _by_batch(self, x, running, **given):
@@ -183,13 +183,13 @@ class SwitchableNorm(BatchNorm):
 
 
 class EvoNormB0(BatchNorm):
-    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``params/v``, begun with one. Activation included.
+    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``params/v``, initialized to one. Includes the activation.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxnorm.linen import EvoNormB0
       >>> layer, x = EvoNormB0(use_running_average=False), jnp.array([[-1.0], [3.0]])
-      >>> layer.init_with_output(jax.random.key(0), x)[0].round(2).tolist()  # -1 by the deviation, 3 by itself
+      >>> layer.init_with_output(jax.random.key(0), x)[0].round(2).tolist()  # -1 by the deviation, 3 by its own size
       [[-0.5], [1.0]]
     """
 
@@ -275,7 +275,7 @@ class SequenceBatchNorm(BatchNorm, kw_only=True):
 
 
 class Example(Layer, Affine, kw_only=True):
-    """A norm of examples, each by itself."""
+    """A norm of single examples."""
 
     axis: Axes = -1
     """The feature axis, or several."""
@@ -287,7 +287,7 @@ class Example(Layer, Affine, kw_only=True):
 
 
 class EvoNormS0(Example, kw_only=True):
-    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``params/v``, begun with one. Activation included.
+    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``params/v``, initialized to one. Includes the activation.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -313,7 +313,7 @@ class EvoNormS0(Example, kw_only=True):
 
 
 class FilterResponseNorm(Example, kw_only=True):
-    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``params/threshold``, begun with zero: a ReLU.
+    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``params/threshold``, initialized to zero: a ReLU.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -335,7 +335,7 @@ class FilterResponseNorm(Example, kw_only=True):
 
 
 class DynamicTanh(Example, kw_only=True):
-    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``params/alpha``, begun with 0.5. There is no epsilon in it.
+    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``params/alpha``, initialized to 0.5. It has no epsilon.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -359,7 +359,7 @@ class DynamicTanh(Example, kw_only=True):
 
 
 class GraphNorm(Example, kw_only=True):
-    """Normalization of the nodes of each graph of a batch, with a learned part of the mean (Cai et al., 2021).
+    """Normalize the nodes of each graph in a batch, with a learned part of the mean (Cai et al., 2021).
 
     ``params/mean_scale`` begins with one.
 

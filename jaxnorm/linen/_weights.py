@@ -122,7 +122,7 @@ class WeightNorm(_Wrapper):
 
         Args:
           *args: those of the layer.
-          **kwargs: likewise.
+          **kwargs: those of the layer.
 
         Returns:
           What the layer returns.
@@ -146,7 +146,7 @@ class SpectralNorm(_Wrapper):
     """A layer whose weights have a largest singular value of one (Miyato et al., 2018): `jaxnorm.spectral_norm`.
 
     In place of ``flax.linen.SpectralNorm``. Variables: those of the layer, and ``batch_stats/<layer>/kernel/u``, the
-    state of the power iteration, with ``sigma``, the singular value. Vectors stay as they are.
+    state of the power iteration, with ``sigma``, the singular value. Vectors are unchanged.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -160,7 +160,7 @@ class SpectralNorm(_Wrapper):
     """
 
     n_steps: int = 1
-    """How many steps of the power iteration a call takes; none leaves the weights as they are."""
+    """How many steps of the power iteration a call takes; zero leaves the weights unchanged."""
     epsilon: float = 1e-12
     """Added to squared lengths."""
     dtype: Any = None

@@ -22,7 +22,7 @@ class Modulation(nnx.Module):
         self.dense = nnx.Linear(conditions, parts * features, kernel_init=ZEROS, rngs=rngs)
 
     def __call__(self, condition: Array) -> list[jax.Array]:
-        """Scale, bias and what else there is."""
+        """Scale, bias and the other parts."""
         scale, *rest = jnp.split(self.dense(jnp.asarray(condition)), self.parts, axis=-1)
         return [1 + scale, *rest]
 
@@ -95,7 +95,7 @@ class ConditionalBatchNorm(BatchNorm):
 
 @layer()
 class Conditional(Example):
-    """Of examples, each by itself and with scale and bias of its own."""
+    """Of single examples, each with its own scale and bias."""
 
     conditions: int = field(kw_only=False)
     """The size of the condition."""
@@ -115,7 +115,7 @@ class Conditional(Example):
         trainable: bool | None = None,
         residual: Array | None = None,
     ) -> jax.Array:
-        """Normalize every example of ``x`` by itself, with scale and bias from ``condition``.
+        """Normalize each example of ``x`` separately, with scale and bias from ``condition``.
 
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.
@@ -196,7 +196,7 @@ class AdaLN(nnx.Module):
         self.modulation = Modulation(conditions, num_features, parts=3, rngs=rngs)
 
     def __call__(self, x: Array, condition: Array) -> tuple[jax.Array, jax.Array]:
-        """Normalize every example of ``x`` by itself, with scale, bias and gate from ``condition``.
+        """Normalize each example of ``x`` separately, with scale, bias and gate from ``condition``.
 
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.

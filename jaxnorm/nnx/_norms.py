@@ -122,7 +122,7 @@ class Layer(nnx.Module):
         *between: jax.Array,
         affine: tuple[Any, Any] | None = None,
     ) -> tuple[jax.Array, dict[str, Any], Function]:
-        """The input; what a formula is told by every layer, as ``promote_dtype`` gives it; the module that follows.
+        """The input; the arguments of a formula that all layers have, after ``promote_dtype``; the module that follows.
 
         ``affine`` stands for scale and bias.
         """
@@ -184,7 +184,7 @@ class Layer(nnx.Module):
           x: array.
           axis: the feature axes.
           dtype: of the output, where it is another.
-          **given: scale and bias, what else is `_learned`, epsilon, mask, residual, activation, invertible; and what
+          **given: scale and bias, everything that is `_learned`, epsilon, mask, residual, activation, invertible; and what
             the call of the layer passes on.
 
         Returns:
@@ -217,7 +217,7 @@ class Layer(nnx.Module):
         return features, features
 
     def _learned(self, features: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], float]]:
-        """What is learned besides scale and bias: by name, its shape and where it starts.
+        """The learned parameters other than scale and bias: shape and initial value, by name.
 
         Args:
           features: the shape of the feature axes.
@@ -228,7 +228,7 @@ class Layer(nnx.Module):
         return {}
 
     def _output(self, x: jax.Array, *, trainable: bool | None, affine: Any = None, **given: Any) -> jax.Array:
-        """The output; ``affine`` stands for scale and bias, and the formula gets all else that is given."""
+        """The output; ``affine`` stands for scale and bias, and the formula gets everything else."""
         x = jnp.asarray(x)
         x, settings, after = self._arguments(x, self._feature_axes(x), trainable, affine=affine)
         settings = _layers.without(_layers.label(self), self, settings | given)
@@ -367,7 +367,7 @@ class BatchNorm(Affine, Replicated):
           running: the averages before.
           axis: the feature axes.
           dtype: of the output, where it is another than that of ``x``.
-          **given: scale and bias, what else is `_learned`, epsilon, mask, axis_name, axis_index_groups, residual,
+          **given: scale and bias, everything that is `_learned`, epsilon, mask, axis_name, axis_index_groups, residual,
             activation, invertible; and what the call of the layer passes on.
 
         Returns:
@@ -419,7 +419,7 @@ class BatchNorm(Affine, Replicated):
         affine: Any = None,
         **given: Any,
     ) -> jax.Array:
-        """The output; averages move. ``affine`` stands for scale and bias; what normalizes gets all else."""
+        """The output; averages move. ``affine`` stands for scale and bias; the formula gets the rest."""
         label, use_running = _layers.label(self), _layers.first_given(use_running_average, self.use_running_average)
         if use_running is None:
             _layers.fail(label, "use_running_average must be given at construction or in the call", {"given": None})

@@ -18,7 +18,7 @@ SMALL = jax.nn.initializers.constant(0.1)
 
 @layer()
 class StepBatchNorm(BatchNorm):
-    """Batch normalization of one time step (Cooijmans et al., 2017); begun with a scale of 0.1 and no bias.
+    """Batch normalization of one time step (Cooijmans et al., 2017); initialized with a scale of 0.1 and no bias.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,7 +32,7 @@ class StepBatchNorm(BatchNorm):
     scale_init: InitVar[Initializer] = SMALL
     use_bias: bool = False
     steps: int | None = None
-    """How many time steps have averages of their own, each seen by itself under ``nnx.scan``; None for none."""
+    """How many time steps have averages of their own, each seen separately under ``nnx.scan``; None for none."""
 
     _counts = True
 
@@ -112,7 +112,7 @@ class BatchNormLSTMCell(nnx.Module):
         """Continue the averages: steps beyond the last one seen have its averages, as by `jaxnorm.linen.extend_steps`.
 
         Args:
-          steps: how many steps there are to be.
+          steps: the new number of steps.
         """
         for norm in (self.norm_h, self.norm_x, self.norm_c):
             stored = {name: getattr(norm, name) for name in ("mean", "var", "count")}

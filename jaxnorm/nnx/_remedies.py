@@ -78,7 +78,7 @@ class BatchRenorm(BatchNorm):
     r_max: float | Callable[[Any], Any] = 3.0
     """Bound of r, or a schedule: a function of the number of updates, as optax has them."""
     d_max: float | Callable[[Any], Any] = 5.0
-    """Bound of d, likewise."""
+    """Bound of d, or a schedule."""
 
     steps: nnx.BatchStat = field(init=False)
 
@@ -186,7 +186,7 @@ class SplitBatchNorm(BatchNorm):
 
 @layer()
 class SwitchableNorm(BatchNorm):
-    """`jaxnorm.switchable_norm` (Luo et al., 2019) with ``mean_logits`` and ``var_logits``, begun with equal weights.
+    """`jaxnorm.switchable_norm` (Luo et al., 2019) with ``mean_logits`` and ``var_logits``, initialized to equal weights.
 
     Example:
       >>> import jax.numpy as jnp
@@ -214,14 +214,14 @@ class SwitchableNorm(BatchNorm):
 
 @layer()
 class EvoNormB0(BatchNorm):
-    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``v``, begun with one. Activation included.
+    """`jaxnorm.evonorm_b0` (Liu et al., 2020) with ``v``, initialized to one. Includes the activation.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from jaxnorm.nnx import EvoNormB0
       >>> layer = EvoNormB0(1, rngs=nnx.Rngs(0))
-      >>> layer(jnp.array([[-1.0], [3.0]])).round(2).tolist()  # -1 by the deviation, 3 by itself
+      >>> layer(jnp.array([[-1.0], [3.0]])).round(2).tolist()  # -1 by the deviation, 3 by its own size
       [[-0.5], [1.0]]
     """
 
@@ -304,7 +304,7 @@ class SequenceBatchNorm(BatchNorm):
 
 @layer()
 class Example(Affine):
-    """A norm of examples, each by itself."""
+    """A norm of single examples."""
 
     axis: Axes = -1
     """The feature axis, or several."""
@@ -316,7 +316,7 @@ class Example(Affine):
 
 @layer()
 class EvoNormS0(Example):
-    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``v``, begun with one. Activation included.
+    """`jaxnorm.evonorm_s0` (Liu et al., 2020) with ``v``, initialized to one. Includes the activation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -344,7 +344,7 @@ class EvoNormS0(Example):
 
 @layer()
 class FilterResponseNorm(Example):
-    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``threshold``, begun with zero: a ReLU.
+    """`jaxnorm.filter_response_norm` (Singh and Krishnan, 2020) with ``threshold``, initialized to zero: a ReLU.
 
     Example:
       >>> import jax.numpy as jnp
@@ -368,7 +368,7 @@ class FilterResponseNorm(Example):
 
 @layer()
 class DynamicTanh(Example):
-    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``alpha``, begun with 0.5. There is no epsilon in it.
+    """`jaxnorm.dynamic_tanh` (Zhu et al., 2025) with ``alpha``, initialized to 0.5. It has no epsilon.
 
     Example:
       >>> import jax.numpy as jnp
@@ -394,7 +394,7 @@ class DynamicTanh(Example):
 
 @layer()
 class GraphNorm(Example):
-    """Normalization of the nodes of each graph of a batch, with a learned part of the mean (Cai et al., 2021).
+    """Normalize the nodes of each graph in a batch, with a learned part of the mean (Cai et al., 2021).
 
     ``mean_scale`` begins with one.
 

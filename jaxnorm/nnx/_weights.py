@@ -157,7 +157,7 @@ class WeightNorm(nnx.Module):
 
         Args:
           *args: those of the layer.
-          **kwargs: likewise.
+          **kwargs: those of the layer.
 
         Returns:
           What the layer returns.
@@ -188,11 +188,11 @@ class SpectralNorm(nnx.Module):
 
     In place of ``flax.nnx.SpectralNorm``, but that the parameters of the layer stay what an optimizer made of them.
     ``batch_stats`` holds, by path, ``u``, the state of the power iteration, and ``sigma``, the singular value. Vectors
-    stay as they are. ``train()`` and ``eval()`` choose whether the state moves on.
+    are unchanged. ``train()`` and ``eval()`` choose whether the state moves on.
 
     Args:
       layer_instance: the layer.
-      n_steps: how many steps of the power iteration a call takes; none leaves the weights as they are.
+      n_steps: how many steps of the power iteration a call takes; zero leaves the weights unchanged.
       epsilon: added to squared lengths.
       dtype: of the weights that the layer sees; None for the promotion of weights and state.
       param_dtype: of the state.

@@ -1,7 +1,7 @@
 """Why evaluation collapses: what the running averages and a batch say together.
 
 Each cause predicts the averages from the batch. How far a prediction is from the averages is the mean over the channels
-of the squared distance of the means, in deviations, and of the squared logarithm of the ratio of the variances. A cause
+of the squared distance of the means, in deviations, plus the squared log ratio between the variances. A cause
 is found where it explains at least four fifths of the distance between averages and batch.
 """
 
@@ -54,7 +54,7 @@ class Finding(NamedTuple):
 
 
 def of_input(x: jax.Array, features: tuple[int, ...], batch: Moments) -> dict[str, jax.Array]:
-    """What else tells causes apart, in the shape of the averages: the mean variance within single examples."""
+    """What distinguishes causes, in the shape of the averages: the mean variance within single examples."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inner = tuple(a for a in range(1, x.ndim) if a not in features)
     single = jnp.mean(jnp.var(x, inner), 0) if inner and 0 not in features else batch.var

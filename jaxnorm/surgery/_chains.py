@@ -1,7 +1,7 @@
 """What linear operations have for weights, and what chains of operations do to each channel: a factor and a shift.
 
 Arrays are said to be *laid out* by a kernel if each of their axes is the axis of the kernel with that index or has size
-one; so a factor of every output channel multiplies the kernel as it is. ``dims`` says which axis of a kernel each axis
+one; so a factor of every output channel multiplies the kernel unchanged. ``dims`` says which axis of a kernel each axis
 of a value in the program runs along, or None.
 """
 

@@ -226,7 +226,7 @@ def _moved(still: bool) -> str:
 
 
 def _trained_a_little(variables: Any) -> Any:
-    """Averages that are not those of initialization, so that there is something to lose."""
+    """Averages other than the initial ones, so that a tool could lose them."""
 
     def other(keys, value):
         name = jax.tree_util.keystr(keys)

@@ -129,7 +129,7 @@ def convert(
       values: arrays by name, nested or with "." or "/" in the names: a ``state_dict``, a tree of variables.
       source: the library that they come from: torch, jaxnorm.linen, jaxnorm.nnx, flax.linen, flax.nnx, haiku, equinox
         or keras.
-      target: the library to convert to, likewise.
+      target: the library to convert to, one of the same.
       kind: "batch", "layer", "group", "instance" or "rms". An instance norm with running averages, as PyTorch's with
         ``track_running_stats=True``, is `TrackedInstanceNorm` in jaxnorm.
       prefix: the path of the layer, where ``values`` are those of a whole network; all of them are moved by
@@ -430,7 +430,7 @@ def convert_norms(
       `ConvertedNorms`; ``print`` shows which norm went where.
 
     Raises:
-      ValueError: a norm there has no place here, or one here gets none, both with the names that there are; or shapes
+      ValueError: a norm there has no place here, or one here gets none, the message lists the names on both sides; or shapes
         differ. Nothing is converted then.
 
     Example:

@@ -237,7 +237,7 @@ def _fold_forward(program: Program, linear: Linear) -> list[FoldedNorm]:
 
 
 def _fold_backward(program: Program, linear: Linear) -> list[FoldedNorm]:
-    """Fold the chain before ``linear`` into it and into all else that reads the end of the chain."""
+    """Fold the chain before ``linear`` into it and into everything that reads the end of the chain."""
     end = _strip_moves(program, linear)
     group = _readers_through_moves(program, end)
     if program.uses[end] != len(group):

@@ -33,7 +33,7 @@ from jaxnorm.surgery._norms import (
 def frozen(where: Where = None, *, affine: bool = False) -> Iterator[list[str]]:
     """Freeze the norms of Linen models that are called within: no change to their code.
 
-    Batch norms use their running statistics, whatever they are told, and do not update them. It acts while a function
+    Batch norms use their running statistics, whatever they are called with, and do not update them. It acts while a function
     is traced: what ``jax.jit`` has compiled before stays as it was. As a decorator it cannot be forgotten:
     ``jax.jit(surgery.frozen()(step))``.
 
@@ -138,7 +138,7 @@ def freeze(model: nnx.Module, where: Where = None, *, affine: bool = False) -> l
     Raises:
       TypeError: ``model`` is no NNX module.
       ValueError: nothing is frozen: no norm is chosen, or none with running averages and without ``affine``; or
-        ``affine`` for one of Flax's, which cannot be told so.
+        ``affine`` for one of Flax's, which have no such setting.
 
     Warns:
       UserWarning: modules with running averages are not known.
@@ -159,7 +159,7 @@ def freeze(model: nnx.Module, where: Where = None, *, affine: bool = False) -> l
         raise ValueError(f"freeze: {rule}; got {where!r}.")
     flax = [path for path, norm in norms.items() if not isinstance(norm, OUR_NNX)]
     if affine and flax:
-        rule = "Flax's norms always train their scale and bias; swap them for ours, or use frozen_mask alone"
+        rule = "Flax's norms always train their scale and bias; swap them for jaxnorm's, or use frozen_mask alone"
         raise ValueError(f"freeze: {rule}; got affine=True for {', '.join(flax)}.")
     for norm in norms.values():
         if isinstance(norm, OUR_NNX):
@@ -205,7 +205,7 @@ def unfreeze(model: nnx.Module, where: Where = None) -> list[str]:
 
 @cache
 def _frozen(kind: Any) -> type:
-    """A batch norm of NNX that is frozen, whatever it is told."""
+    """A batch norm of NNX that is frozen, whatever its call says."""
 
     class FrozenNorm(kind):
         surgery_frozen = True
@@ -224,7 +224,7 @@ def _frozen(kind: Any) -> type:
 def frozen_mask(model: Any, *args: Any, where: Where = None, **kwargs: Any) -> Any:
     """Which parameters are scale and bias of norms, for optax.
 
-    ``optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))`` leaves them as they are, weight decay included;
+    ``optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))`` leaves them unchanged, weight decay included;
     under ``nnx.Optimizer`` too.
 
     Args:

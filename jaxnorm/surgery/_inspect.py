@@ -32,7 +32,7 @@ class NormState(NamedTuple):
       features: their shape.
       momentum: of the running averages, where known.
       epsilon: where known.
-      updates: "never", "some", or about how often the averages were updated, where that can be told.
+      updates: "never", "some", or about how often the averages were updated, where that is known.
       var: smallest and largest running variance; None without running averages.
       dead: channels whose running variance is below 1e-10.
       exploding: channels whose running variance is above 1e10.
@@ -65,7 +65,7 @@ class Inspection(NamedTuple):
     Attributes:
       norms: a `NormState` each.
       findings: a `Finding` each: path, cause, what was seen, and the remedy.
-      notes: what could not be told, and why.
+      notes: what could not be decided, and why.
     """
 
     norms: tuple[NormState, ...]
@@ -136,7 +136,7 @@ def inspect(model: Any, variables: Any = None, *batch: Any, **kwargs: Any) -> In
     Args:
       model: a Linen or an NNX module; or only the variables of a Linen module, of which less is known.
       variables: of the Linen module; None for an NNX module.
-      *batch: the inputs of the model, as it is to be evaluated on: batch norms normalize it by itself, as in training.
+      *batch: the inputs of the model in evaluation; batch norms normalize it by its own statistics, as in training.
       **kwargs: for the call of the model, as ``train=False``.
 
     Returns:

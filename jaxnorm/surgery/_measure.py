@@ -47,16 +47,16 @@ def nothing_more(x: jax.Array, features: tuple[int, ...], batch: Moments) -> dic
 
 @dataclass(frozen=True)
 class Measuring:
-    """How the norms of a model are to be measured.
+    """How to measure the norms of a model.
 
     Attributes:
       function: of the user's, for messages.
       names: of what ``extra`` gives.
-      extra: what else of the input of each norm.
+      extra: more statistics of the input of each norm.
       where: the norms that are measured; all others normalize by their running averages.
       features: the feature axes of each norm, by path, once the model was traced.
-      ranks: of the moments of a norm by itself, by path in the order of the calls, once the model was traced.
-      norms: settings of all norms that were called, likewise; of Linen only.
+      ranks: of the moments of one norm, without the axes of a stack, by path in the order of the calls, once the model was traced.
+      norms: settings of all norms that were called, by path; of Linen only.
     """
 
     function: str
@@ -119,7 +119,7 @@ class _Tape:
 
 
 def _taped(kind: Any, tape: _Tape) -> Any:
-    """A batch norm of ours that hands on what it measures; both are functions of the same hooks."""
+    """A batch norm of jaxnorm that records what it measures, by the hooks of its class."""
 
     class Taped(kind):
         @nn.nowrap
@@ -137,7 +137,7 @@ def _features(norm: Any, x: jax.Array) -> tuple[int, ...]:
 
 
 def _bound(norm: Any) -> tuple[Any, Any]:
-    """Axis name and groups of replicas where that axis is mapped; recalibration outside of it has one replica."""
+    """Axis name and groups of replicas where that axis is mapped; without one there is one replica."""
     try:
         if norm.axis_name is not None:
             jax.lax.axis_index(norm.axis_name)

@@ -1,4 +1,4 @@
-"""The norms of a model: Flax's and ours, Linen and NNX, chosen by path or by kind."""
+"""The norms of a model: Flax's and jaxnorm's, Linen and NNX, chosen by path or by kind."""
 
 import dataclasses
 import inspect

@@ -122,7 +122,7 @@ class Program:
         return step in self._alive
 
     def bodies(self, step: Step) -> list["Program"]:
-        """The programs that a loop or a choice runs, each by itself."""
+        """The programs that a loop or a choice runs, one each."""
         if step.name == "scan":
             closed, given = [step.params["jaxpr"]], step.inputs
             # constants, carries, slices: told apart by rank, since newer jax has other names for their numbers
@@ -190,7 +190,7 @@ class Program:
         return step in self._alive and not step.effects and not any(self.uses[v] for v in step.outputs)
 
     def _drop(self, steps: list[Step]) -> None:
-        """Leave out steps that nobody needs, and what only they needed."""
+        """Leave out unused steps, and those that only they used."""
         while steps:
             step = steps.pop()
             if not self._is_idle(step):

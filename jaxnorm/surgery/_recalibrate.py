@@ -1,4 +1,4 @@
-"""Running averages for other weights, or for other data, outside of the training program."""
+"""Running averages for other weights, or for other data, without the training program."""
 
 import sys
 import warnings
@@ -44,7 +44,7 @@ def recalibrate(
     A batch by which the statistics of any norm are not finite is left out, with a warning that counts.
 
     Args:
-      model: a Linen or an NNX module, of Flax's norms or ours. Nothing is changed in place.
+      model: a Linen or an NNX module, of Flax's norms or jaxnorm's. Nothing is changed in place.
       variables: of the Linen module; None for an NNX module, whose own are used.
       data: batches of any sizes: arrays, or tuples of arrays for a model with several inputs. What can be read only
         once is kept, where there is more than one pass.
@@ -55,7 +55,7 @@ def recalibrate(
         several; a function of the path; None for all but those that `freeze` froze. Others use their averages.
       mesh: to shard batches over, along all of its axes; one whose size does not divide is computed on every device.
         Arrays that are sharded already need none.
-      **kwargs: for each call of the model, as ``train=False``; batch norms do as said above whatever they are told.
+      **kwargs: for each call of the model, as ``train=False``; batch norms do the above whatever their calls say.
 
     Returns:
       ``variables`` with other ``batch_stats``; for an NNX module, its state with other averages, for ``nnx.update``.

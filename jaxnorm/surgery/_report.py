@@ -1,4 +1,4 @@
-"""What is said of norms that were folded, or were not."""
+"""The report of norms that were folded, and of those that stayed."""
 
 import re
 from collections import Counter

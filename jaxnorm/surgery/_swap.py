@@ -1,4 +1,4 @@
-"""Other norms in the place of those of a model."""
+"""Replace the norms of a model."""
 
 import inspect
 import math
@@ -33,13 +33,13 @@ from jaxnorm.surgery._norms import (
 def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **settings: Any) -> Iterator[list[str]]:
     """Run Linen models with other norms, with no change to their code, around ``init`` and ``apply``.
 
-    Without ``into``, Flax's norms and their subclasses become ours, of the same variables. With it, the norms chosen
+    Without ``into``, Flax's norms and their subclasses become jaxnorm's, with the same variables. With it, the norms chosen
     become that one. What the two have in common, settings, parameters and running averages, is carried over. It acts
     while a function is traced: what ``jax.jit`` has compiled before stays as it was.
 
     Args:
       into: a norm of `jaxnorm.linen` or of Flax, or any module whose parameters of the same name mean the same; None
-        for ours of the same name as Flax's.
+        for jaxnorm's of the same name.
       where: a regular expression that matches the whole path of a norm, as in "Block_[01]/.*"; a kind of norm, or
         several, as ``nn.BatchNorm``; a function of the path; or None: for all of Flax's norms without ``into``, with it
         for the norms with running averages.
@@ -51,7 +51,7 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
 
     Raises:
       TypeError: a new norm has no attribute of a name in ``settings``; when the first norm is called.
-      re.error: ``where`` is no regular expression; likewise.
+      re.error: ``where`` is no regular expression; when the first norm is called.
 
     Warns:
       UserWarning: a norm has a setting that the new one has not; at the end, modules were called and no norm was
@@ -102,18 +102,18 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
 
 
 def swap(model: nnx.Module, into: type[nnx.Module] | None = None, *, where: Where = None, **settings: Any) -> list[str]:
-    """Put other norms in the place of those of an NNX module, in place.
+    """Replace the norms of an NNX module, in place.
 
-    Without ``into``, Flax's norms and their subclasses become ours. With it, the norms chosen become that one. Settings
+    Without ``into``, Flax's norms and their subclasses become jaxnorm's. With it, the norms chosen become that one. Settings
     and variables that the two have in common are carried over; the variables are the same objects. Where the new norm
     keeps averages for each domain, or step, each begins with what there was for all; back, they are merged by their
     counts. Averages that the new norm does not use stay in the module, for the way back, as in
     ``surgery.swap(model, nnx.BatchNorm, where=jaxnorm.nnx.GroupNorm)``.
 
     Args:
-      model: the module; a norm by itself becomes another.
+      model: the module; a single norm becomes another.
       into: a norm of `jaxnorm.nnx` or of Flax, or any module made with ``num_features`` and ``rngs`` whose variables of
-        the same name mean the same; None for ours of the same name as Flax's.
+        the same name mean the same; None for jaxnorm's of the same name.
       where: a regular expression that matches the whole path of a norm, as in "blocks/[01]/.*"; a kind of norm, or
         several, as ``nnx.BatchNorm``; a function of the path; or None: for all of Flax's norms without ``into``, with
         it for the norms with running averages.

@@ -1,6 +1,6 @@
 r"""The remedies: what to do where the statistics of one batch will not do. One file a remedy, on the same engine.
 
-Some remedies are no function of their own, but a line or two with those that there are.
+Some remedies are no function of their own, but a line or two with existing ones.
 
 *Synchronization in groups* (Ying et al., "Image Classification at Supercomputer Scale", 2018): ``axis_name`` and
 ``axis_index_groups`` of `jaxnorm.batch_norm`; or `jaxnorm.ghost_batch_norm`, whose groups are sized by examples.

@@ -1,4 +1,4 @@
-"""What the remedies share that measure every example by itself, and merge examples as they need.
+"""What the remedies share that measure every example separately, and merge examples as they need.
 
 A remedy passes no ``axis_name`` to the engine, which would merge the first example of one replica with the first of
 another: it merges examples, and replicas, in its ``adjust``.
@@ -40,7 +40,7 @@ def check_labels(function: str, name: str, count: str, labels: Any, number: Any,
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         _axes.fail(function, f"{name} must hold integers", {"dtype": str(labels.dtype)}, TypeError)
     if labels.shape != x.shape[:1]:
-        _axes.fail(function, f"{name} must have one number an example, {x.shape[:1]}", {"shape": labels.shape})
+        _axes.fail(function, f"{name} must have one number per example, {x.shape[:1]}", {"shape": labels.shape})
     if not isinstance(labels, Tracer) and labels.size:
         known = np.asarray(labels)
         if known.min() < 0 or known.max() >= number:

@@ -11,15 +11,15 @@ from jaxnorm.functional import Array
 def dynamic_tanh(
     x: Array, alpha: Array, scale: Array | None = None, bias: Array | None = None, *, axis: Axes = -1
 ) -> jax.Array:
-    r"""Squash every value by itself, in place of layer normalization.
+    r"""Squash each value separately, instead of layer normalization.
 
     .. math:: y = \gamma \tanh(\alpha x) + \beta
 
     Args:
       x: real floating point array, of any rank.
-      alpha: one learned number, begun with 0.5.
+      alpha: one learned number, initialized to 0.5.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
+      bias: beta, in the same shape; None for zero.
       axis: the feature axis, or several.
 
     Returns:

@@ -36,8 +36,8 @@ def evonorm_b0(
     Args:
       x: real floating point array of shape ``(batch, ...)``.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
-      v: one number a feature, likewise; begun with one.
+      bias: beta, in the same shape; None for zero.
+      v: one number per feature, in the same shape; initialize it to one.
       running: `RunningStats` in place of the statistics of the batch, at inference; None in training.
       axis: the feature axis, or several, not the first.
       epsilon: added to the variances, in the squared unit of ``x``.
@@ -100,8 +100,8 @@ def evonorm_s0(
     Args:
       x: real floating point array of shape ``(batch, ...)``.
       scale: gamma, one per channel, or ``(batch, channels)``; None for one.
-      bias: beta, likewise; None for zero.
-      v: one number a channel, likewise; begun with one.
+      bias: beta, in the same shape; None for zero.
+      v: one number per channel, in the same shape; initialize it to one.
       num_groups: how many groups; divides the number of channels.
       axis: the channel axis, not the first.
       epsilon: added to the variance, in the squared unit of ``x``.
@@ -156,5 +156,5 @@ def _s0(x, scale, bias, v, multiplier):
 def _check_parameters(function: str, features: tuple[int, ...], x: jax.Array, **values: Array | None) -> tuple:
     """Scale, bias and v, which must be given."""
     if values["v"] is None:
-        _axes.fail(function, "v must be given, one number a feature", {"v": None}, TypeError)
+        _axes.fail(function, "v must be given, one number per feature", {"v": None}, TypeError)
     return tuple(_axes.check_parameter(function, name, value, features, x) for name, value in values.items())

@@ -31,8 +31,8 @@ def filter_response_norm(
     Args:
       x: real floating point array of shape ``(batch, ...)``.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
-      threshold: tau, likewise; None for no threshold.
+      bias: beta, in the same shape; None for zero.
+      threshold: tau, in the same shape; None for no threshold.
       axis: the feature axis, or several, not the first.
       epsilon: added to the mean square, in the squared unit of ``x``.
       mask: as in `standardize`.

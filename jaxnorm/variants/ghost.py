@@ -33,7 +33,7 @@ def ghost_batch_norm(
     residual: Array | None = None,
     invertible: bool = False,
 ) -> tuple[jax.Array, Moments]:
-    r"""Normalize every virtual batch, so many consecutive examples, by its own statistics.
+    r"""Normalize each virtual batch, a group of consecutive examples, by its own statistics.
 
     .. math:: y = \gamma \, \frac{x - \mu_v}{\sqrt{\sigma_v^2 + \epsilon}} + \beta
 
@@ -44,7 +44,7 @@ def ghost_batch_norm(
     Args:
       x: real or complex floating point array of shape ``(batch, ...)``.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
+      bias: beta, in the same shape; None for zero.
       virtual_batch_size: how many examples; divides the batch of all replicas together.
       axis: the feature axis, or several, not the first.
       epsilon: added to the variance, in the squared unit of ``x``.

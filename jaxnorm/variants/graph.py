@@ -40,8 +40,8 @@ def graph_norm(
         other or in any order.
       graph: integers of shape ``(nodes,)`` in ``[0, num_graphs)``: the graph of each node. A graph may have no nodes.
       scale: gamma, in the shape of the feature axes in the order given; None for one.
-      bias: beta, likewise; None for zero.
-      mean_scale: alpha, likewise; None for one.
+      bias: beta, in the same shape; None for zero.
+      mean_scale: alpha, in the same shape; None for one.
       num_graphs: how many graphs there are, those of the padding included.
       axis: the feature axis, or several, not the first.
       epsilon: added to the mean square, in the squared unit of ``x``.

@@ -42,13 +42,13 @@ def batch_renorm(
 
     where r and d are constants to differentiation. With bounds of 1 and 0 that is `batch_norm`; with bounds that do
     not bind, `normalize` by the averages, yet with gradients through the statistics of the batch. For batches that
-    are small, or whose examples are alike.
+    are small, or whose examples are similar.
 
     Args:
       x: real floating point array, of any rank.
       running: `RunningStats` before this batch, in the shape of the feature axes.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
+      bias: beta, in the same shape; None for zero.
       r_max: bound of r, at least 1; may be traced.
       d_max: bound of d, at least 0; may be traced.
       axis: the feature axis, or several.

@@ -107,7 +107,7 @@ def extend_steps(batch_stats: Any, length: int) -> Any:
     Args:
       batch_stats: the collection of a cell under ``nn.scan``: of each norm ``mean``, ``var`` and ``count`` in the shape
         ``(time, *features)``, or dictionaries of them by name.
-      length: how many steps there are to be.
+      length: the new number of steps.
 
     Returns:
       The collection, in which they have the shape ``(length, *features)``.

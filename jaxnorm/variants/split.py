@@ -40,7 +40,7 @@ def split_batch_norm(
       x: real or complex floating point array of shape ``(batch, ...)``.
       domain: integers of shape ``(batch,)`` in ``[0, num_domains)``; an example of another number has no statistics.
       scale: gamma, in the shape of the feature axes in the order given, or ``(num_domains, *features)``; None for one.
-      bias: beta, likewise; None for zero.
+      bias: beta, in the same shape; None for zero.
       num_domains: how many domains there are.
       axis: the feature axis, or several, not the first.
       epsilon: added to the variance, in the squared unit of ``x``.

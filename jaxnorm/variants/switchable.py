@@ -43,9 +43,9 @@ def switchable_norm(
     Args:
       x: real or complex floating point array of shape ``(batch, ...)``.
       mean_logits: three numbers: lambda of instance, layer and batch.
-      var_logits: three numbers: lambda' likewise.
+      var_logits: three numbers: lambda'.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
-      bias: beta, likewise; None for zero.
+      bias: beta, in the same shape; None for zero.
       running: `RunningStats` in place of the statistics of the batch, at inference; None in training.
       axis: the feature axis, or several, not the first. A layer is all of them.
       epsilon: added to the variance, in the squared unit of ``x``.

@@ -109,7 +109,7 @@ def spectral_norm(
 
     Args:
       w: real floating point array: the kernel of a layer.
-      u: one number an output, of any shape: the state of the iteration, begun at random.
+      u: one number per output, of any shape: the state of the iteration, initialized at random.
       axis: the output axis of the kernel, or several; the last in Flax.
       steps: how many iterations, at least one.
       epsilon: added to squared lengths.
@@ -139,7 +139,7 @@ def spectral_norm(
         _axes.fail(function, "w and u must be real", {"w": str(w.dtype), "u": str(u.dtype)}, TypeError)
     size = math.prod(w.shape[a] for a in outputs)
     if u.size != size:
-        _axes.fail(function, f"u must hold one number an output, {size}", {"shape": u.shape})
+        _axes.fail(function, f"u must hold one number per output, {size}", {"shape": u.shape})
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         _axes.fail(function, "steps must be a positive integer", {"steps": steps})
     normal, new, _ = iterate(w, u, outputs, steps, _axes.check_epsilon(function, epsilon))
@@ -148,7 +148,7 @@ def spectral_norm(
 
 @partial(jax.jit, static_argnums=(2, 3))
 def iterate(w: jax.Array, u: jax.Array, outputs: tuple[int, ...], steps: int, epsilon: Any) -> tuple[jax.Array, ...]:
-    """The weights, the state after so many steps, and the singular value; checked before."""
+    """The weights, the state after the last step, and the singular value; checked before."""
     wide, inputs = w.astype(_axes.statistics_dtype(jnp.promote_types(w.dtype, u.dtype))), _axes.others(outputs, w)
 
     def unit(vector):
