@@ -134,7 +134,7 @@ def link(app, docname, source) -> None:
 def link_back(app, pagename, template, context, doctree) -> None:
     """Mend links from sources: viewcode takes all names of a file for names of the module that it saw first."""
     if pagename.startswith("_modules/"):
-        wrong = r"(/api/(linen|nnx|surgery|training)(?:/\w+)?\.html#jaxnorm)\.(?!\2\.)"
+        wrong = r"(/api/(linen|nnx|surgery|training)(?:[/_]\w+)?\.html#jaxnorm)\.(?!\2\.)"
         context["body"] = re.sub(wrong, r"\1.\2.", context["body"])
 
 

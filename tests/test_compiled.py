@@ -371,9 +371,9 @@ def test_memory_of_a_stack(target, scan, invertible_scan, invertible_unrolled, t
 @pytest.mark.parametrize(("few", "many"), [("tpu-v5e-4", "tpu-v5e-256"), ("h200-1", "h200-8")])
 def test_resnet_on_many_chips(few, many, tmp_path):
     """ResNet-50: at most three collectives a batch norm, those of the gradients besides; memory of a chip stays."""
-    rows = by_case(report("--targets", few, many, "--cases", "replicas", tmp_path=tmp_path), "target", "road")
-    for road in ("jit", "shard_map"):
-        row, alone = rows[many, road], rows[few, road]
+    rows = by_case(report("--targets", few, many, "--cases", "replicas", tmp_path=tmp_path), "target", "parallelism")
+    for parallelism in ("jit", "shard_map"):
+        row, alone = rows[many, parallelism], rows[few, parallelism]
         assert row["batch norms"] == 53
         assert sum(row["collectives"].values()) <= 3 * row["batch norms"] + row["parameter arrays"]
         assert row["temporary MB per chip"] <= 1.05 * alone["temporary MB per chip"]

@@ -403,6 +403,11 @@ def frozen_flax():
     jaxnorm.surgery.freeze(module, affine=True)
 
 
+def of_torch(**settings):
+    state = {name: jnp.ones(8) for name in ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")}
+    jaxnorm.surgery.convert(state, "torch", "jaxnorm.linen", prefix="bn" if settings else "layer2", **settings)
+
+
 IMAGES = jnp.zeros((8, 6, 6, 16))
 PARAMETERS = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
 QUOTED = {
@@ -422,6 +427,8 @@ QUOTED = {
     "immutable": lambda: applied(jnp.ones((2, 8)), use_running_average=False),
     "no averages": lambda: applied(jnp.ones((2, 8)), PARAMETERS, use_running_average=True),
     "frozen": frozen_flax,
+    "names": of_torch,
+    "cumulative": lambda: of_torch(momentum=None),
 }
 """What makes the messages that pages quote."""
 MESSAGE = re.compile(

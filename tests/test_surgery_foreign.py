@@ -424,8 +424,8 @@ FUNCTIONS = {  # Linen, NNX, and the variables of a Linen model alone; what each
         lambda v: surgery.convert_norms(of_torch("norm"), v).moved,
     ),
     "`check`": (
-        lambda m, v, x: all(tried.ok for tried in surgery.check(m, x) if tried.tool != "swap"),
-        lambda m, x: all(tried.ok for tried in surgery.check(m, x) if tried.tool != "swap"),
+        lambda m, v, x: all(tried.ok for tried in surgery.check(m, (x,)) if tried.tool != "swap"),
+        lambda m, x: all(tried.ok for tried in surgery.check(m, (x,)) if tried.tool != "swap"),
         None,
     ),
 }
@@ -471,4 +471,4 @@ def test_check_tells_what_each_tool_does(tmp_path, capsys):
     assert lines[3] == "  freeze       ok  1 norm frozen in training; averages stay"
     assert [line.split()[1] for line in lines[7:]] == ["--"] * 5
     with pytest.raises(TypeError, match="check: model must be a Linen or an NNX module; got int"):
-        surgery.check(3)
+        surgery.check(3, ())

@@ -255,7 +255,7 @@ def test_recurrent_cell():
 
 
 def test_bad_layers():
-    with pytest.raises(ValueError, match=r"^split_batch_norm: domain must have one number an example"):
+    with pytest.raises(ValueError, match=r"^split_batch_norm: domain must have one number per example"):
         jn.SplitBatchNorm(4, num_domains=2, rngs=fnnx.Rngs(0))(X, DOMAIN[:3])
     with pytest.raises(ValueError, match=r"^GhostBatchNorm: x must have the features.*built_for=\(3,\)"):
         jn.GhostBatchNorm(3, virtual_batch_size=2, rngs=fnnx.Rngs(0))(X)

@@ -111,7 +111,7 @@ def test_nnx_trains_weights_and_scales(rng):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"^spectral_norm: u must hold one number an output, 3; got shape=\(2,\)"):
+    with pytest.raises(ValueError, match=r"^spectral_norm: u must hold one number per output, 3; got shape=\(2,\)"):
         jaxnorm.spectral_norm(jnp.ones((4, 3)), jnp.ones(2))
     with pytest.raises(ValueError, match="steps must be a positive integer; got steps=0"):
         jaxnorm.spectral_norm(jnp.ones((4, 3)), jnp.ones(3), steps=0)

@@ -2,7 +2,7 @@
 
 Those with a counterpart in ``flax.linen`` take its arguments, by position and by keyword, and hold the same variables,
 so that ``from jaxnorm.linen import BatchNorm`` in place of ``from flax.linen import BatchNorm`` is all that changes.
-What Flax _lacks comes after what it has:
+What Flax lacks comes after what it has:
 
 - ``mask`` may have any shape that broadcasts, and be boolean or real weights, on every layer;
 - ``axis_name`` may be several mapped axes, ``axis_index_groups`` work under ``shard_map`` and ``vmap``, and neither is

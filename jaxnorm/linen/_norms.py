@@ -41,7 +41,7 @@ def _less_one(init: Initializer) -> Any:
 def arguments(
     layer: Any, x: jax.Array, axis: tuple[int, ...], trainable: bool | None, affine: tuple[Any, Any] | None = None
 ) -> tuple[dict[str, Any], Function]:
-    """The arguments of a formula that all layers have, and the module that follows it; ``affine`` stands for scale and bias."""
+    """The arguments that all formulas take, and the module that follows; ``affine`` stands for scale and bias."""
     features = tuple(x.shape[a] for a in axis)
     _, shape = layer._variable_shapes(features)
     stored: dict[str, Any] = {"scale": None, "bias": None}
@@ -127,8 +127,8 @@ class Layer(nn.Module):
           x: array.
           axis: the feature axes.
           dtype: of the output, where it is another.
-          **given: scale and bias, everything that is `_learned`, epsilon, mask, residual, activation, invertible; and what
-            the call of the layer passes on.
+          **given: scale and bias, everything that is `_learned`, epsilon, mask, residual, activation, invertible; and
+            what the call of the layer passes on.
 
         Returns:
           An array of the shape of ``x``.

@@ -2,7 +2,7 @@
 
 Those with a counterpart in ``flax.nnx`` take its arguments, by position and by keyword, and hold the same variables,
 so that ``from jaxnorm.nnx import BatchNorm`` in place of ``from flax.nnx import BatchNorm`` is all that changes.
-What Flax _lacks:
+What Flax lacks:
 
 - ``num_features`` may be the shape of several feature axes;
 - ``mask`` may have any shape that broadcasts, and be boolean or real weights;

@@ -184,8 +184,8 @@ class Layer(nnx.Module):
           x: array.
           axis: the feature axes.
           dtype: of the output, where it is another.
-          **given: scale and bias, everything that is `_learned`, epsilon, mask, residual, activation, invertible; and what
-            the call of the layer passes on.
+          **given: scale and bias, everything that is `_learned`, epsilon, mask, residual, activation, invertible; and
+            what the call of the layer passes on.
 
         Returns:
           An array of the shape of ``x``.

@@ -186,7 +186,7 @@ class SplitBatchNorm(BatchNorm):
 
 @layer()
 class SwitchableNorm(BatchNorm):
-    """`jaxnorm.switchable_norm` (Luo et al., 2019) with ``mean_logits`` and ``var_logits``, initialized to equal weights.
+    """`jaxnorm.switchable_norm` (Luo et al., 2019) with ``mean_logits`` and ``var_logits``, equal weights at first.
 
     Example:
       >>> import jax.numpy as jnp

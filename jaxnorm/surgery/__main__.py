@@ -1,7 +1,7 @@
 """Command line: try all tools on a model, as ``python -m jaxnorm.surgery check PACKAGE.MODULE:FACTORY``.
 
 FACTORY is a function that returns ``(model, inputs)``, ``(model, inputs, kwargs)`` or ``(model, inputs, kwargs,
-training)``: a Linen or NNX module, the inputs of its call, keyword arguments of a call in evaluation, and in training.
+train_kwargs)``: a Linen or NNX module, a tuple of inputs, keyword arguments in evaluation, and those in training.
 One line says what each tool did; the exit status is 1 if any of them failed.
 """
 
@@ -18,9 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("factory", nargs="+", help="PACKAGE.MODULE:FACTORY, or FILE.py:FACTORY")
     failed = False
     for place in parser.parse_args(arguments).factory:
-        model, inputs, kwargs, training = load(place)
         print(place)
-        for checked in check(model, *inputs, training=training, **kwargs):
+        for checked in check(*load(place)):
             failed |= checked.ok is False
             print(f"  {checked}", flush=True)
     sys.exit(failed)

@@ -24,6 +24,10 @@ TOLERANCE = 1e-3
 """How far outputs may be apart, relative to the largest: rounding of a deep network in float32."""
 
 
+NOTHING = ("none in", "found none", "no norms found", "without affine")
+"""How tools say that a model has nothing for them."""
+
+
 class Checked(NamedTuple):
     """What one tool did with a model, as `check` tells it: see its example.
 
@@ -41,18 +45,22 @@ class Checked(NamedTuple):
         return f"{self.tool:12} {'--' if self.ok is None else 'ok' if self.ok else 'NO'}  {self.what}"
 
 
-def check(model: Any, *inputs: Any, training: Mapping[str, Any] | None = None, **kwargs: Any) -> tuple[Checked, ...]:
+def check(
+    model: Any,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    train_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Checked, ...]:
     """Try fold, swap, freeze, inspect and recalibrate on a model, each compared with the model itself.
 
     ``python -m jaxnorm.surgery check PACKAGE.MODULE:FACTORY``, or ``FILE.py:FACTORY``, does the same from the command
-    line, with a function that returns ``(model, inputs, kwargs, training)``, all but the model and the tuple of inputs
-    optional.
+    line, with a function that returns these four arguments; the last two are optional.
 
     Args:
       model: a Linen or an NNX module, which is not changed.
-      *inputs: for its call; of two examples or more.
-      training: keyword arguments of a call in training, where they differ, as ``{"train": True}``.
-      **kwargs: of a call in evaluation, as ``train=False``.
+      inputs: positional arguments of its call, with two examples or more.
+      kwargs: keyword arguments of a call in evaluation, as ``{"train": False}``.
+      train_kwargs: those that differ in training, as ``{"train": True}``.
 
     Returns:
       A `Checked` each, to be printed.
@@ -65,13 +73,14 @@ def check(model: Any, *inputs: Any, training: Mapping[str, Any] | None = None, *
       >>> from flax import nnx
       >>> from jaxnorm import surgery
       >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-      >>> print(surgery.check(model, jnp.eye(2))[0])
+      >>> print(surgery.check(model, (jnp.eye(2),))[0])
       fold         ok  1 norm folded, 0 stayed; outputs differ by 0
     """
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(f"check: model must be a Linen or an NNX module; got {type(model).__name__}.")
     calls = _Linen if isinstance(model, nn.Module) else _NNX
-    tried = calls(model, inputs, kwargs, {**kwargs, **(training or {})})
+    kwargs = dict(kwargs or {})
+    tried = calls(model, inputs, kwargs, {**kwargs, **(train_kwargs or {})})
     tools = {"fold": tried.fold, "swap": tried.swap, "freeze": tried.freeze}
     tools |= {"inspect": tried.inspect, "recalibrate": tried.recalibrate}
     return tuple(_tried(name, tool) for name, tool in tools.items())
@@ -83,7 +92,7 @@ def _tried(name: str, tool: Callable[[], tuple[bool | None, str]]) -> Checked:
         try:
             ok, what = tool()
         except Exception as error:  # whatever a model of somebody else's raises
-            nothing = "none in" in str(error) or "found none" in str(error) or "no norms found" in str(error)
+            nothing = any(words in str(error) for words in NOTHING)
             ok, what = (None if nothing else False), f"{type(error).__name__}: {str(error).splitlines()[0]:.160}"
     own = [str(w.message) for w in said if str(w.message).startswith(f"{name}") or "passed over" in str(w.message)]
     return Checked(name, ok, "; ".join([what, *dict.fromkeys(own)]))

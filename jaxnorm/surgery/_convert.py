@@ -82,11 +82,11 @@ def _switches(library: str, kind: str) -> tuple[str | None, str | None]:
     """The settings that say whether there is a scale, and a bias: one name for both, or None where there is none."""
     if library == "torch":
         both = _TORCH_SWITCHES.get(kind, "elementwise_affine")
-        return both, "bias" if kind == "layer" else None if kind == "rms" else both
+        return both, {"layer": "bias", "rms": None}.get(kind, both)
     if library == "haiku":
         return "create_scale", None if kind == "rms" else "create_offset"
     if library == "equinox":
-        return _EQUINOX_SWITCHES if kind in ("layer", "rms") else ("channelwise_affine",) * 2
+        return _EQUINOX_SWITCHES if kind in ("layer", "rms") else ("channelwise_affine", "channelwise_affine")
     if library == "keras":
         return (None, None) if kind == "rms" else ("scale", "center")
     return "use_scale", None if kind == "rms" else "use_bias"
@@ -430,8 +430,8 @@ def convert_norms(
       `ConvertedNorms`; ``print`` shows which norm went where.
 
     Raises:
-      ValueError: a norm there has no place here, or one here gets none, the message lists the names on both sides; or shapes
-        differ. Nothing is converted then.
+      ValueError: a norm there has no place here, or one here gets none: the message lists both. Or shapes differ.
+        Nothing is converted then.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
@@ -453,8 +453,9 @@ def convert_norms(
     flat = {path: leaf for path, leaf in _flatten(nnx.to_pure_dict(variables) if is_nnx else variables)}
     here = _norms_of(flat)
     there = _norms_of_torch(state_dict, set(np.shape(a["scale"]) for a in here.values() if "scale" in a))
-    place = rename.get if isinstance(rename, Mapping) else rename or (lambda path: path.replace(".", "/"))
-    wanted = {path: place(path) for path in there}
+    names = rename if isinstance(rename, Mapping) else {}
+    place = rename if callable(rename) else lambda path: names.get(path, path.replace(".", "/"))
+    wanted = {path: str(place(path)) for path in there}
     lost = [path for path, to in wanted.items() if to not in here]
     left = sorted(set(here) - set(wanted.values()))
     twice = len(set(wanted.values())) < len(wanted)
@@ -507,5 +508,6 @@ def _norms_of_torch(state_dict: Mapping[str, Any], scales: set[tuple[int, ...]])
     return {
         path: arrays
         for path, arrays in of_norms.items()
-        if "running_mean" in arrays or (np.ndim(arrays.get("weight")) == 1 and tuple(arrays["weight"].shape) in scales)
+        if "running_mean" in arrays
+        or ("weight" in arrays and len(shape := tuple(arrays["weight"].shape)) == 1 and shape in scales)
     }

@@ -33,8 +33,8 @@ from jaxnorm.surgery._norms import (
 def frozen(where: Where = None, *, affine: bool = False) -> Iterator[list[str]]:
     """Freeze the norms of Linen models that are called within: no change to their code.
 
-    Batch norms use their running statistics, whatever they are called with, and do not update them. It acts while a function
-    is traced: what ``jax.jit`` has compiled before stays as it was. As a decorator it cannot be forgotten:
+    Batch norms use their running statistics, whatever they are called with, and do not update them. It acts while a
+    function is traced: what ``jax.jit`` has compiled before stays as it was. As a decorator it cannot be forgotten:
     ``jax.jit(surgery.frozen()(step))``.
 
     Args:

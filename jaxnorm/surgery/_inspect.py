@@ -178,12 +178,13 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> list[Seen]:
             listed = linen_norms(model, variables, *batch, **kwargs)
             known = {path: (settings, known.get(path, ({}, {}))[1]) for path, settings in listed.items()}
     elif isinstance(model, Mapping):
-        known = _from_variables(model)
-        batch = ()
+        graph, state, known, batch = None, None, _from_variables(model), ()
     else:
         raise TypeError(f"inspect: model must be a Linen or an NNX module, or variables; got {type(model).__name__}.")
     if not batch or not any(averages for _, averages in known.values()):
-        return [Seen(path, *of_norm, None, first=i == 0) for i, (path, of_norm) in enumerate(known.items())]
+        return [
+            Seen(path, settings, averages, None, i == 0) for i, (path, (settings, averages)) in enumerate(known.items())
+        ]
     how = Measuring("inspect", _causes.NAMES, _causes.of_input, where=lambda path: True)
     traced = jax.jit(lambda state, batch: measure(how, graph, state, batch, kwargs, {})).trace(state, batch)
     arrays, channels = traced.lower().compile()(state, batch), channel_axes(traced.jaxpr.jaxpr)
@@ -191,10 +192,12 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> list[Seen]:
     order = [*how.ranks, *(path for path in known if path not in how.ranks)]
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     examples = max((shape[0] for shape in shapes if shape), default=0)
-    return [
-        Seen(path, *known[path], seen.get(path), i == 0, examples, how.features.get(path, ()), channels.get(path))
-        for i, path in enumerate(order)
-    ]
+    views = []
+    for path in order:
+        settings, averages = known[path]
+        place = examples, how.features.get(path, ()), channels.get(path)
+        views.append(Seen(path, settings, averages, seen.get(path), not views, *place))
+    return views
 
 
 def _from_variables(variables: Any) -> dict[str, Any]:

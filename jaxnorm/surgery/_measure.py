@@ -55,7 +55,7 @@ class Measuring:
       extra: more statistics of the input of each norm.
       where: the norms that are measured; all others normalize by their running averages.
       features: the feature axes of each norm, by path, once the model was traced.
-      ranks: of the moments of one norm, without the axes of a stack, by path in the order of the calls, once the model was traced.
+      ranks: of the moments of one norm, without the axes of a stack, by path in the order of the calls, once traced.
       norms: settings of all norms that were called, by path; of Linen only.
     """
 

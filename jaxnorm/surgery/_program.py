@@ -11,8 +11,6 @@ import jax
 import numpy as np
 from jax.extend import core, source_info_util
 
-from jaxnorm._engine import _compiled as standardized
-
 CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"} | CUSTOM
 IDENTITIES = {"stop_gradient", "name", "copy", "copy_p", "optimization_barrier"}
@@ -20,6 +18,8 @@ ARITHMETIC = {"add", "add_any", "sub", "mul", "div", "neg"}
 REARRANGEMENTS = {"convert_element_type", "transpose", "reshape", "squeeze", "rev", "broadcast_in_dim"}
 MOVES = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "convert_element_type"}
 PLAIN = ARITHMETIC | MOVES | {"rsqrt", "sqrt", "max", "min", "square", "integer_pow"}
+STANDARDIZED = "_compiled"
+"""The function of ``jaxnorm._engine`` that all norms call."""
 NOTHING, VARIABLES, INPUTS = range(3)
 """What a value depends on, at most."""
 
@@ -154,7 +154,7 @@ class Program:
             called = _called(eqn)
             if called is not None:
                 jaxpr_called, used = called
-                is_shared = eqn.params.get("name") == standardized.__name__  # traced once for all layers of a shape
+                is_shared = eqn.params.get("name") == STANDARDIZED  # traced once for all layers of a shape
                 place = source_info or (eqn.source_info if is_shared else None)
                 outputs = self._inline(jaxpr_called.jaxpr, jaxpr_called.consts, inputs[used:], inner, place)
             elif eqn.primitive.name in IDENTITIES:

@@ -33,9 +33,9 @@ from jaxnorm.surgery._norms import (
 def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **settings: Any) -> Iterator[list[str]]:
     """Run Linen models with other norms, with no change to their code, around ``init`` and ``apply``.
 
-    Without ``into``, Flax's norms and their subclasses become jaxnorm's, with the same variables. With it, the norms chosen
-    become that one. What the two have in common, settings, parameters and running averages, is carried over. It acts
-    while a function is traced: what ``jax.jit`` has compiled before stays as it was.
+    Without ``into``, Flax's norms and their subclasses become jaxnorm's, with the same variables. With it, the norms
+    chosen become that one. What the two have in common, settings, parameters and running averages, is carried over. It
+    acts while a function is traced: what ``jax.jit`` has compiled before stays as it was.
 
     Args:
       into: a norm of `jaxnorm.linen` or of Flax, or any module whose parameters of the same name mean the same; None
@@ -104,9 +104,9 @@ def swapped(into: type[nn.Module] | None = None, *, where: Where = None, **setti
 def swap(model: nnx.Module, into: type[nnx.Module] | None = None, *, where: Where = None, **settings: Any) -> list[str]:
     """Replace the norms of an NNX module, in place.
 
-    Without ``into``, Flax's norms and their subclasses become jaxnorm's. With it, the norms chosen become that one. Settings
-    and variables that the two have in common are carried over; the variables are the same objects. Where the new norm
-    keeps averages for each domain, or step, each begins with what there was for all; back, they are merged by their
+    Without ``into``, Flax's norms and their subclasses become jaxnorm's. With it, the norms chosen become that one.
+    Settings and variables that the two have in common are carried over; the variables are the same objects. Where the
+    new norm keeps averages per domain, or per step, each starts with the old ones; back, they are merged by their
     counts. Averages that the new norm does not use stay in the module, for the way back, as in
     ``surgery.swap(model, nnx.BatchNorm, where=jaxnorm.nnx.GroupNorm)``.
 
