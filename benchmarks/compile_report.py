@@ -140,7 +140,12 @@ def replicas(target: str, per_chip: int = 32):
     """ResNet-50 with the training program's two kinds of parallelism."""
     for parallelism in _steps.PARALLELISM:
         compiled, layers, arrays = resnet_step(target, parallelism, per_chip)
-        row = {"parallelism": parallelism, "examples per chip": per_chip, "batch norms": layers, "parameter arrays": arrays}
+        row = {
+            "parallelism": parallelism,
+            "examples per chip": per_chip,
+            "batch norms": layers,
+            "parameter arrays": arrays,
+        }
         row |= {k: v for k, v in costs(compiled, 1e6).items() if k in ("kernels", "collectives")}
         yield row | {"temporary MB per chip": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)}
 

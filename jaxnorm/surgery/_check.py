@@ -73,8 +73,8 @@ def check(
       >>> from flax import nnx
       >>> from jaxnorm import surgery
       >>> model = nnx.Sequential(nnx.Linear(2, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-      >>> print(surgery.check(model, (jnp.eye(2),))[0])
-      fold         ok  1 norm folded, 0 stayed; outputs differ by 0
+      >>> print(surgery.check(model, (jnp.eye(2),))[2])
+      freeze       ok  1 norm frozen in training; averages stay
     """
     if not isinstance(model, nn.Module | nnx.Module):
         raise TypeError(f"check: model must be a Linen or an NNX module; got {type(model).__name__}.")
