@@ -54,7 +54,7 @@ CLAIMS = {
     "placement": "it serves between convolutions and in dense layers",
     "inference": "running averages of the batch statistics give stable outputs at inference",
     "small-batches": "it fails on very small batches, whose statistics are unreliable",
-    "cost": "its means and variances cost time",
+    "cost": "computing its means and variances has a cost",
     "sequences": "it serves recurrent networks badly, for sequences vary in length",
     "layer": "layer normalization takes its statistics over features, and suits recurrent networks",
     "instance": "instance normalization takes them for each image, and suits style transfer",
@@ -73,7 +73,8 @@ class Effect(NamedTuple):
 
     Attributes:
       name: what is compared with what.
-      differences: one per seed, positive where the seed supports the claim.
+      differences: one per seed, positive where the seed supports the claim; a single one
+        if it is a count, which is the same for every seed.
       smallest: the smallest mean difference that counts as an effect, chosen before looking.
       unit: what follows the figures; with "points", differences of accuracy are printed in percent.
     """
@@ -114,8 +115,9 @@ def decide(effects: Sequence[Effect]) -> Decided:
     direction, and otherwise is *not shown*.
     """
     means = np.array([np.mean(e.differences) for e in effects])
-    errors = np.array([stats.sem(e.differences) for e in effects])
-    n = np.array([len(e.differences) for e in effects])
+    pairs = [np.resize(e.differences, max(2, len(e.differences))) for e in effects]
+    errors = np.array([stats.sem(pair) for pair in pairs])
+    n = np.array([len(pair) for pair in pairs])
     with np.errstate(divide="ignore", invalid="ignore"):
         p = 2 * stats.t.sf(np.abs(means) / errors, n - 1)
     p = np.where(np.isnan(p), 1.0, p)  # no difference in any seed
@@ -178,7 +180,10 @@ def figures(mean: float, low: float, high: float, unit: str = "points") -> str:
     """A mean and its interval, to the digits that the interval supports."""
     factor = 100 if unit == "points" else 1
     digits = int(np.clip(np.ceil(-np.log10(max(high - low, 1e-9) * factor / 4)), 0, 3))
+    exact = low == high
     mean, low, high = (f"{factor * v:+.{digits}f}" for v in (mean, low, high))
+    if exact:
+        return f"{mean} {unit} (the same in all)"
     return f"{mean} [{low}, {high}] {unit}".strip()
 
 
