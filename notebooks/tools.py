@@ -110,9 +110,9 @@ def decide(effects: Sequence[Effect]) -> Decided:
     Each mean is tested against zero (paired t-test, two-sided), with Holm's correction for
     the number of comparisons: if no effect exists, the chance of any verdict other than
     "not shown" is at most `LEVEL`. An effect counts if its corrected interval excludes zero
-    and its mean is at least ``smallest``. The claim *holds* if all effects count, *holds under
-    conditions* if some do, is *contradicted* if none does and one counts in the other
-    direction, and otherwise is *not shown*.
+    and its mean is at least ``smallest``. The claim *holds* if all effects count, *holds
+    under conditions* if some do, is *contradicted* if all count in the other direction, and
+    otherwise is *not shown*.
     """
     means = np.array([np.mean(e.differences) for e in effects])
     pairs = [np.resize(e.differences, max(2, len(e.differences))) for e in effects]
@@ -136,7 +136,7 @@ def decide(effects: Sequence[Effect]) -> Decided:
     if for_it.any():
         verdict = "holds" if for_it.all() else "holds under conditions"
     else:
-        verdict = "contradicted" if against.any() else "not shown"
+        verdict = "contradicted" if against.all() else "not shown"
     return Decided(verdict, means, low, high)
 
 
