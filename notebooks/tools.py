@@ -190,6 +190,8 @@ def figures(mean: float, low: float, high: float, unit: str = "points") -> str:
 def shown(values: ArrayLike, unit: str = "") -> str:
     """The mean of seeds with its interval, for tables; with ``unit="%"`` of shares."""
     mean, half = interval(100 * np.asarray(values) if unit == "%" else values)
+    if not np.isfinite(half):
+        return "not finite"
     digits = int(np.clip(np.ceil(-np.log10(max(half, 1e-9) / 5)), 0, 3))
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
