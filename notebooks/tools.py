@@ -146,7 +146,7 @@ def begin(devices: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     plt.rcParams.update(
         {
-            "figure.dpi": 100,
+            "figure.dpi": 150,
             "figure.constrained_layout.use": True,
             "savefig.transparent": True,
             "svg.fonttype": "none",
