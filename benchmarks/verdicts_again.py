@@ -4,6 +4,7 @@
 with 1 if any two differ. ``FIRST_SEED`` and ``SEEDS`` can be set to others. Notebooks are not changed.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import nbformat
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "notebooks"), str(ROOT / "docs")]
-from execute import execute  # noqa: E402
-from tables import decided  # noqa: E402
+execute = importlib.import_module("execute").execute
+decided = importlib.import_module("tables").decided
 
 
 def main(paths: list[Path]) -> bool:

@@ -54,7 +54,7 @@ def verdicts(root: Path) -> tuple[str, list[Path]]:
             lines += [f"{badge(v.verdict)} in notebook {link}: {many}, looked for {v.smallest}", ""]
             lines += [*(f"- {effect}" for effect in v.effects.split("; ")), ""]
         if not rows:
-            lines += ["Not decided by a notebook.", ""]
+            lines += ["No verdict.", ""]
     return "\n".join([*overview, "", *lines]), [root / "notebooks" / "tools.py", *notebooks]
 
 

@@ -3,6 +3,7 @@
 With other seeds (`FIRST_SEED=1000 SEEDS=20`) nothing is stored: the verdicts are printed.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.progress import track
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "docs"))
-from tables import decided  # noqa: E402
+decided = importlib.import_module("tables").decided
 
 
 def execute(path: Path) -> nbformat.NotebookNode:

@@ -80,7 +80,7 @@ class Effect(NamedTuple):
     """
 
     name: str
-    differences: ArrayLike
+    differences: Sequence[float] | np.ndarray
     smallest: float
     unit: str = "points"
 
@@ -180,11 +180,10 @@ def figures(mean: float, low: float, high: float, unit: str = "points") -> str:
     """A mean and its interval, to the digits that the interval supports."""
     factor = 100 if unit == "points" else 1
     digits = int(np.clip(np.ceil(-np.log10(max(high - low, 1e-9) * factor / 4)), 0, 3))
-    exact = low == high
-    mean, low, high = (f"{factor * v:+.{digits}f}" for v in (mean, low, high))
-    if exact:
-        return f"{mean} {unit} (the same in all)"
-    return f"{mean} [{low}, {high}] {unit}".strip()
+    center, *ends = (f"{factor * v:+.{digits}f}" for v in (mean, low, high))
+    if low == high:
+        return f"{center} {unit} (the same in all)"
+    return f"{center} [{', '.join(ends)}] {unit}".strip()
 
 
 def shown(values: ArrayLike, unit: str = "") -> str:

@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom, show what they say they show, and decide by a rule that is rarely wrong."""
 
-import importlib.util
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -74,11 +74,8 @@ def test_stored_notebook_is_complete(path):
 @pytest.fixture(scope="module")
 def tools():
     """The module that the notebooks import."""
-    spec = importlib.util.spec_from_file_location("notebook_tools", NOTEBOOKS[0].parent / "tools.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.append(str(NOTEBOOKS[0].parent))
+    return importlib.import_module("tools")
 
 
 def simulated(tools, means, seeds=20, smallest=0.0, runs=400):
