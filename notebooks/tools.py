@@ -42,7 +42,6 @@ CLAIMS = {
     "undo": "scale and shift let the network undo the normalization",
     "stable": "it stabilizes training",
     "fast": "it speeds training up",
-    "shift": "distributions drift from layer to layer in training, and normalization holds them",
     "shift-cause": "that drift is what slows training, and its reduction what helps",
     "gradients": "it keeps gradients of deep networks from vanishing and exploding",
     "rates": "it allows higher learning rates",
