@@ -3,20 +3,21 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-COLORS = {"holds": "success", "holds under conditions": "warning", "contradicted": "danger"}
+COLORS = {"holds": "success", "holds under conditions": "warning", "contradicted": "danger", "not shown": "secondary"}
 """How a verdict is shown."""
 
 
 class Verdict(NamedTuple):
-    """What a notebook says of a claim."""
+    """What a notebook says of a claim, as the cells of its table."""
 
-    notebook: Path
     claim: str
-    figures: str
+    effects: str
+    comparisons: str
+    smallest: str
     verdict: str
 
 
@@ -28,35 +29,33 @@ def claims(root: Path) -> dict[str, str]:
     raise ValueError("notebooks/tools.py has no CLAIMS.")
 
 
-def decided(notebook: Path) -> Iterator[Verdict]:
-    """The verdicts in the stored outputs of a notebook."""
-    for cell in json.loads(notebook.read_text())["cells"]:
+def decided(notebook: Mapping[str, Any]) -> Iterator[Verdict]:
+    """The verdicts in the outputs of a notebook, given as the contents of its file."""
+    for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
-            if lines and lines[0] == "| claim |  | measured here | verdict |":
+            if lines and lines[0] == "| claim |  | effect [interval] | comparisons | looked for | verdict |":
                 for line in lines[2:]:
-                    claim, _, rest = line.strip("| ").split(" | ", 2)
-                    yield Verdict(notebook, claim, *rest.rsplit(" | ", 1))
+                    claim, _, *rest = line.strip("| ").split(" | ")
+                    yield Verdict(claim, *rest)
 
 
 def verdicts(root: Path) -> tuple[str, list[Path]]:
-    """Every claim in order: in one table, then with what each notebook measured of it."""
+    """Every claim in order: in one table, then with the effects that each notebook measured."""
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
-    found = [verdict for notebook in notebooks for verdict in decided(notebook)]
-    overview, lines = ["| claim | verdict |", "|---|---|"], []
+    found = [(path, verdict) for path in notebooks for verdict in decided(json.loads(path.read_text()))]
+    overview, lines = ["| claim | verdict | notebook |", "|---|---|---|"], []
     for claim, text in claims(root).items():
-        rows = [v for v in found if v.claim == claim]
-        badges = dict.fromkeys(badge(v.verdict) for v in rows)
-        overview.append(f"| [{text}](#claim-{claim}) | {' '.join(badges)} |")
+        rows = [(f"[{path.name[:2]}](notebooks/{path.name})", v) for path, v in found if v.claim == claim]
+        badges = " ".join(dict.fromkeys(badge(v.verdict) for _, v in rows))
+        overview.append(f"| [{text}](#claim-{claim}) | {badges} | {', '.join(link for link, _ in rows)} |")
         lines += [f"(claim-{claim})=", "", f"## {text[0].upper()}{text[1:]}", ""]
+        for link, v in rows:
+            many = "1 comparison" if v.comparisons == "1" else f"{v.comparisons} comparisons"
+            lines += [f"{badge(v.verdict)} in notebook {link}: {many}, looked for {v.smallest}", ""]
+            lines += [*(f"- {effect}" for effect in v.effects.split("; ")), ""]
         if not rows:
-            lines += ["Not decided by a notebook.", ""]
-            continue
-        lines += ["| verdict | measured here | notebook |", "|---|---|---|"]
-        for v in rows:
-            link = f"[{v.notebook.name[:2]}](notebooks/{v.notebook.name})"
-            lines.append(f"| {badge(v.verdict)} | {v.figures} | {link} |")
-        lines.append("")
+            lines += ["No verdict.", ""]
     return "\n".join([*overview, "", *lines]), [root / "notebooks" / "tools.py", *notebooks]
 
 

@@ -146,9 +146,13 @@ def test_signatures_have_no_addresses():
 # Verdicts ------------------------------------------------------------------------------------------------------------
 
 
+def contents(notebook):
+    return json.loads(notebook.read_text())
+
+
 def test_every_claim_is_decided():
     claims = tables.claims(ROOT)
-    found = [verdict for notebook in NOTEBOOKS.glob("*.ipynb") for verdict in tables.decided(notebook)]
+    found = [v for notebook in NOTEBOOKS.glob("*.ipynb") for v in tables.decided(contents(notebook))]
     assert {verdict.claim for verdict in found} == claims.keys()
     assert {verdict.verdict for verdict in found} <= tables.COLORS.keys()
 
@@ -156,28 +160,36 @@ def test_every_claim_is_decided():
 def test_every_notebook_ends_in_verdicts():
     """Whatever shows a table of verdicts shows it last, where it is looked for."""
     for notebook in NOTEBOOKS.glob("*.ipynb"):
-        cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        cells = [cell for cell in contents(notebook)["cells"] if cell["cell_type"] == "code"]
         calls = [i for i, cell in enumerate(cells) if "verdicts(" in "".join(cell["source"])]
         assert calls == [len(cells) - 1], notebook.name
-        assert list(tables.decided(notebook)), notebook.name
+        assert list(tables.decided(contents(notebook))), notebook.name
 
 
 def test_verdicts_are_read_from_what_notebooks_show(tmp_path):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "tools.py").write_text('CLAIMS = {"b": "it helps", "a": "it hurts", "c": "it costs"}\n')
-    rows = "| a | it hurts | loss | 2 | against | 1 | | contradicted |\n| b | it helps | 0.9 | holds |"
-    shown = {"data": {"text/markdown": f"| claim |  | measured here | verdict |\n| --- | --- | --- | --- |\n{rows}"}}
+    header = (
+        "| claim |  | effect [interval] | comparisons | looked for | verdict |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    rows = "| a | it hurts | x: -2 [-3, -1]; y: -1 [-2, +0] | 2 | 1 points | not shown |\n"
+    rows += "| b | it helps | x: +0.9 [+0.8, +1.0] | 1 | 0.5 | holds |"
+    shown = {"data": {"text/markdown": f"{header}\n{rows}"}}
     cells = [{"source": "# What helps"}, {"source": "x", "outputs": [{"text": "| claim"}, shown]}]
     notebook = tmp_path / "notebooks" / "02_what.ipynb"
     notebook.write_text(json.dumps({"cells": cells}))
     text, sources = tables.verdicts(tmp_path)
     assert notebook in sources
     overview, helps, hurts, costs = text.split("(claim-")
-    assert "| [it helps](#claim-b) | {bdg-success}`holds` |" in overview
+    assert "| [it helps](#claim-b) | {bdg-success}`holds` | [02](notebooks/02_what.ipynb) |" in overview
     assert "## It helps" in helps
-    assert "| {bdg-success}`holds` | 0.9 | [02](notebooks/02_what.ipynb) |" in helps
-    assert "| {bdg-danger}`contradicted` | loss | 2 | against | 1 | | [02" in hurts
-    assert "Not decided" in costs
+    assert "{bdg-success}`holds` in notebook [02](notebooks/02_what.ipynb): 1 comparison, looked for 0.5" in helps
+    assert "- x: +0.9 [+0.8, +1.0]\n" in helps
+    assert (
+        "{bdg-secondary}`not shown` in notebook [02](notebooks/02_what.ipynb): 2 comparisons, looked for 1 po" in hurts
+    )
+    assert "- x: -2 [-3, -1]\n- y: -1 [-2, +0]\n" in hurts
+    assert "No verdict" in costs
 
 
 # Benchmarks ----------------------------------------------------------------------------------------------------------
