@@ -125,6 +125,15 @@ def test_adaptation_weighs_examples(rng):
     jax.tree.map(lambda a, e, o: assert_close(a, (e + o) / 2, magnitude=1.0), adapted, exact, nnx.state(network))
 
 
+def test_under_jit(rng):
+    data = [jnp.asarray(rng.normal(1, 2, (n, 5)), jnp.float32) for n in (8, 4)]
+    model = Two()
+    _, variables = linen_network(model, rng, data[0])
+    for call in (surgery.recalibrate, surgery.adapt, partial(surgery.recalibrate, layer_by_layer=True)):
+        expected, found = (run(variables, data) for run in (partial(call, model), jax.jit(partial(call, model))))
+        jax.tree.map(lambda a, b: assert_close(a, b, 20, magnitude=2.0), found, expected)
+
+
 def test_cumulative_averages_get_their_count(rng):
     x = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     model = linen.BatchNorm(use_running_average=True, momentum=None)

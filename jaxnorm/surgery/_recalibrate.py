@@ -41,7 +41,8 @@ def recalibrate(
     each measures is what it will see at inference; that takes a pass for every norm. The remedy for averages that are
     stale, poisoned, or of other weights.
 
-    A batch by which the statistics of any norm are not finite is left out, with a warning that counts.
+    A batch by which the statistics of any norm are not finite is left out, with a warning that counts (under ``jit``
+    without it).
 
     Args:
       model: a Linen or an NNX module, of Flax's norms or jaxnorm's. Nothing is changed in place.
@@ -199,7 +200,7 @@ class _Passes:
 
         self.step = step
 
-    def merged(self, variables: Any, settled: dict[str, Any]) -> tuple[Stats, int]:
+    def merged(self, variables: Any, settled: dict[str, Any]) -> tuple[Stats, Any]:
         """Merged moments of all finite batches, by path in the order of the network; and how many examples."""
         if iter(self.data) is self.data:  # it can be read only once
             self.data, data = tee(self.data)
@@ -218,13 +219,16 @@ class _Passes:
             raise ValueError(f"{self.how.function}: data must hold at least one batch; got none.")
         if not total:
             raise ValueError(f"{self.how.function}: the model must have at least one batch norm; found none.")
+        total = {path: total[path] for path in self.how.ranks}
+        if isinstance(counts[0][0], jax.core.Tracer):  # within ``jit``, which cannot warn
+            return total, sum(examples for examples, _ in counts)
         examples, finite = np.array(counts, int).T
         left_out = f"{sum(finite == 0)} of {len(finite)} batches give statistics that are not finite"
         if not finite.any():
             raise ValueError(f"{self.how.function}: {left_out}; there is nothing to measure.")
         if not finite.all():
             warnings.warn(f"{self.how.function}: {left_out}; they were left out.", stacklevel=3)
-        return {path: total[path] for path in self.how.ranks}, int(examples.sum())
+        return total, int(examples.sum())
 
     def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model is called with."""
