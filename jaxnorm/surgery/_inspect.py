@@ -176,7 +176,8 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> list[Seen]:
         graph, state, known = model, variables, _from_variables(variables)
         if batch:
             listed = linen_norms(model, variables, *batch, **kwargs)
-            known = {path: (settings, known.get(path, ({}, {}))[1]) for path, settings in listed.items()}
+            called = {path: (settings, known.pop(path, ({}, {}))[1]) for path, settings in listed.items()}
+            known = called | known  # then averages of modules that are not known, or not called
     elif isinstance(model, Mapping):
         graph, state, known, batch = None, None, _from_variables(model), ()
     else:

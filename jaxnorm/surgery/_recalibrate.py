@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -220,7 +221,7 @@ class _Passes:
         if not total:
             raise ValueError(f"{self.how.function}: the model must have at least one batch norm; found none.")
         total = {path: total[path] for path in self.how.ranks}
-        if isinstance(counts[0][0], jax.core.Tracer):  # within ``jit``, which cannot warn
+        if isinstance(counts[0][0], Tracer):  # within ``jit``, which cannot warn
             return total, sum(examples for examples, _ in counts)
         examples, finite = np.array(counts, int).T
         left_out = f"{sum(finite == 0)} of {len(finite)} batches give statistics that are not finite"
