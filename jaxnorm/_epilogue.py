@@ -108,12 +108,11 @@ def hoist(function: Function, *example: Any) -> tuple[Function, tuple[Any, ...]]
     """``function`` with the arrays that it closes over as arguments after its own; and those arrays.
 
     So that they can be differentiated, as the slope of a PReLU. Traced as a new function: what jax has traced it finds
-    again by identity, though the function may close over something else by now, and keeps.
+    again by identity, though the function may close over something else by now, and keeps; from 0.12 on in the jaxpr.
     """
     closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*example)
     whole, tree, n = closed.jaxpr, jax.tree.structure(shape), len(example)
-    parts = whole.outvars, whole.eqns, whole.effects, whole.debug_info
-    jaxpr = Jaxpr(whole.constvars, whole.invars, *parts)  # from jax 0.12 on ``whole`` holds what it closes over
+    jaxpr = Jaxpr(whole.constvars, whole.invars, whole.outvars, whole.eqns, whole.effects, whole.debug_info)
 
     def hoisted(*args: Any) -> Any:
         return tree.unflatten(jaxpr_as_fun(ClosedJaxpr(jaxpr, args[n:]))(*jax.tree.leaves(args[:n])))
