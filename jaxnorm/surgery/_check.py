@@ -134,7 +134,7 @@ class _Calls:
     def fold(self) -> tuple[bool | None, str]:
         folded = fold(self.pure(), self.variables, *self.inputs)
         went, stayed = len(folded.report.folded), len(folded.report.stayed)
-        off = _apart(folded.apply(folded.variables, *self.inputs), self.expected)
+        off = _apart(jax.jit(folded.apply)(folded.variables, *self.inputs), self.expected)
         reasons = {norm.reason for norm in folded.report.stayed}
         why = f", as {min(reasons)}" if reasons else ""
         ok = None if not went + stayed else off < TOLERANCE
