@@ -284,6 +284,14 @@ def test_every_swap_has_a_way_back(name, first, rng):
         assert nnx.graphdef(model) == graph
 
 
+def test_one_domain_is_a_domain(rng):
+    model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    surgery.swap(model, jn.SplitBatchNorm, num_domains=1)
+    assert model.layers[0].mean.shape == (1, 3)
+    surgery.swap(model, nnx.BatchNorm)
+    assert model.layers[0].mean.shape == (3,)
+
+
 def test_averages_of_domains_are_merged_by_their_counts(rng):
     model = nnx.Sequential(jn.SplitBatchNorm(3, num_domains=2, momentum=None, rngs=nnx.Rngs(0)))
     x, domain = draw(rng, 8, 3), np.array([0, 1, 1, 1, 0, 1, 1, 1])
@@ -332,6 +340,25 @@ def test_the_wrong_axis_is_told_by_the_layer_before(axis, rng):
     found = {f.path for f in surgery.inspect(model, variables, x).findings if f.cause == "wrong axis"}
     right = axis in (-1, (2, 3))
     assert found == (set() if right else {"BatchNorm_0", "BatchNorm_1"})
+
+
+def test_features_may_come_first(rng):
+    """A kernel on the left puts its outputs along the first axis."""
+
+    class First(nn.Module):
+        axis: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = self.param("kernel", nn.initializers.lecun_normal(), (5, 64)) @ x
+            return nn.BatchNorm(use_running_average=True, axis=self.axis)(nn.relu(x))
+
+    x = draw(rng, 64, 40)
+    for axis, wrong in ((0, False), (1, True)):
+        model = First(axis)
+        variables = surgery.recalibrate(model, model.init(jax.random.key(0), x), [x])
+        causes = {finding.cause for finding in surgery.inspect(model, variables, x).findings}
+        assert ("wrong axis" in causes) == wrong
 
 
 def test_averaged_weights_show_in_all_norms(rng):

@@ -17,15 +17,12 @@ from flax import nnx
 from jaxnorm.surgery._fold import fold
 from jaxnorm.surgery._freeze import freeze, frozen
 from jaxnorm.surgery._inspect import inspect
+from jaxnorm.surgery._norms import BATCH_NORMS, NNX, linen_norms
 from jaxnorm.surgery._recalibrate import recalibrate
 from jaxnorm.surgery._swap import swap, swapped
 
 TOLERANCE = 1e-3
 """How far outputs may be apart, relative to the largest: rounding of a deep network in float32."""
-
-
-NOTHING = ("none in", "found none", "no norms found", "without affine")
-"""How tools say that a model has nothing for them."""
 
 
 class Checked(NamedTuple):
@@ -81,19 +78,19 @@ def check(
     calls = _Linen if isinstance(model, nn.Module) else _NNX
     kwargs = dict(kwargs or {})
     tried = calls(model, inputs, kwargs, {**kwargs, **(train_kwargs or {})})
-    tools = {"fold": tried.fold, "swap": tried.swap, "freeze": tried.freeze}
-    tools |= {"inspect": tried.inspect, "recalibrate": tried.recalibrate}
-    return tuple(_tried(name, tool) for name, tool in tools.items())
+    norms, averaged = tried.has(None), tried.has(BATCH_NORMS)
+    tools = {"fold": (tried.fold, True), "swap": (tried.swap, norms), "freeze": (tried.freeze, averaged)}
+    tools |= {"inspect": (tried.inspect, norms), "recalibrate": (tried.recalibrate, averaged)}
+    return tuple(_tried(name, *tool) for name, tool in tools.items())
 
 
-def _tried(name: str, tool: Callable[[], tuple[bool | None, str]]) -> Checked:
+def _tried(name: str, tool: Callable[[], tuple[bool | None, str]], applies: bool) -> Checked:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             ok, what = tool()
         except Exception as error:  # whatever a model of somebody else's raises
-            nothing = any(words in str(error) for words in NOTHING)
-            ok, what = (None if nothing else False), f"{type(error).__name__}: {str(error).splitlines()[0]:.160}"
+            ok, what = (False if applies else None), f"{type(error).__name__}: {str(error).splitlines()[0]:.160}"
     own = [str(w.message) for w in said if str(w.message).startswith(f"{name}") or "passed over" in str(w.message)]
     return Checked(name, ok, "; ".join([what, *dict.fromkeys(own)]))
 
@@ -122,7 +119,7 @@ class _Calls:
         self.begin()
         self.expected = self.evaluated(self.variables)
 
-    # What differs between Linen and NNX: ``variables``, and these three.
+    # What differs between Linen and NNX.
     variables: Any
 
     def begin(self) -> None: ...
@@ -130,6 +127,10 @@ class _Calls:
     def evaluated(self, variables: Any) -> Any: ...
 
     def pure(self) -> Callable[..., Any]: ...
+
+    def has(self, kinds: Any) -> bool: ...
+
+    def inspected(self, variables: Any) -> Any: ...
 
     def fold(self) -> tuple[bool | None, str]:
         folded = fold(self.pure(), self.variables, *self.inputs)
@@ -164,8 +165,6 @@ class _Calls:
         what = f"{_norms(measured)} measured; averages and batch differ by {off:.2g} deviations"
         return off < TOLERANCE * 10 and finite, what
 
-    def inspected(self, variables: Any) -> Any: ...
-
 
 class _Linen(_Calls):
     def begin(self) -> None:
@@ -178,6 +177,9 @@ class _Linen(_Calls):
 
     def pure(self) -> Callable[..., Any]:
         return functools.partial(self.model.apply, **self.kwargs)
+
+    def has(self, kinds: Any) -> bool:
+        return bool(linen_norms(self.model, self.variables, *self.inputs, where=kinds, **self.kwargs))
 
     def swap(self) -> tuple[bool | None, str]:
         with swapped() as paths:
@@ -208,6 +210,9 @@ class _NNX(_Calls):
 
     def pure(self) -> Callable[..., Any]:
         return lambda state, *inputs: nnx.merge(self.graph, state)(*inputs, **self.kwargs)
+
+    def has(self, kinds: Any) -> bool:
+        return any(isinstance(module, kinds or NNX) for _, module in nnx.iter_modules(self.model))
 
     def swap(self) -> tuple[bool | None, str]:
         other = nnx.clone(self.model)

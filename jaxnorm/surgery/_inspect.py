@@ -188,7 +188,8 @@ def _gather(model: Any, variables: Any, batch: Any, kwargs: Any) -> list[Seen]:
         ]
     how = Measuring("inspect", _causes.NAMES, _causes.of_input, where=lambda path: True)
     traced = jax.jit(lambda state, batch: measure(how, graph, state, batch, kwargs, {})).trace(state, batch)
-    arrays, channels = traced.lower().compile()(state, batch), channel_axes(traced.jaxpr.jaxpr)
+    held = len(jax.tree.leaves(state))
+    arrays, channels = traced.lower().compile()(state, batch), channel_axes(traced.jaxpr.jaxpr, held)
     seen = {path: {name: np.asarray(a, np.float64) for name, a in stats.items()} for path, stats in arrays.items()}
     order = [*how.ranks, *(path for path in known if path not in how.ranks)]
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]

@@ -56,7 +56,6 @@ class Measuring:
       where: the norms that are measured; all others normalize by their running averages.
       features: the feature axes of each norm, by path, once the model was traced.
       ranks: of the moments of one norm, without the axes of a stack, by path in the order of the calls, once traced.
-      norms: settings of all norms that were called, by path; of Linen only.
     """
 
     function: str
@@ -65,7 +64,6 @@ class Measuring:
     where: Where = None
     features: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
-    norms: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def prepared(self, mean: Any, settled: Any) -> dict[str, jax.Array]:
         """Variables in the shape of a running mean, for what is measured, and whether the averages are settled."""
@@ -210,7 +208,6 @@ def _measure_linen(
             y = next_function(*args, **kwargs)
             strangers.update({path: module} if not inside[0] and linen_stranger(module) else {})
             return y
-        how.norms.setdefault(path, {"kind": type(module).__name__, **linen_fields(module)})
         if not isinstance(module, BATCH_NORMS):
             return next_function(*args, **kwargs)
         given = {name: value for name, value in given.items() if name not in SWITCHES}

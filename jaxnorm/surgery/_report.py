@@ -194,7 +194,7 @@ def _layer(step: Step, weights: Value) -> str:
 
 
 _PADS, _SHARED = "pads with zeros", "others use the weights of"
-_UNROLL = "write the loop or the choice out, as by nn.scan(..., unroll=length) for the call that is folded"
+_UNROLL = "in the function that is folded, call the layers one after another instead of in a loop or a choice"
 _NEIGHBOURS = "norms go into a linear layer directly before them, or into those directly after them that do not pad"
 
 

@@ -1,7 +1,6 @@
 """Replace the norms of a model."""
 
 import inspect
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,7 +227,7 @@ def _fit(path: str, old: Any, name: str, array: Any, own: nnx.Variable, features
     of_averages, of_parameters = old._variable_shapes(features) if isinstance(old, OUR_NNX) else (features, features)
     had = of_averages if name in AVERAGES else of_parameters
     wanted, axis = own.shape, array.ndim - len(had)
-    if had == wanted or math.prod(had) == math.prod(wanted):  # Flax keeps several axes as one
+    if had == wanted:
         return array
     if had == features:
         stack, rest = array.shape[:axis], array.shape[axis:]
