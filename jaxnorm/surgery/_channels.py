@@ -20,7 +20,7 @@ def marked(x: jax.Array, path: str) -> jax.Array:
 def channel_axes(jaxpr: Any, variables: int) -> dict[str, int]:
     """By path, the axis of the channels of what was marked; what does not follow from the program is left out.
 
-    The first so many arguments are ``variables``.
+    ``variables`` counts the arguments, the first ones, that are variables of the model.
     """
     found: dict[str, int] = {}
     _walk(jaxpr, [STATE] * variables + [None] * (len(jaxpr.invars) - variables), found)
