@@ -52,8 +52,9 @@ package: $(INSTALLED)
 	$(BIN)/check-wheel-contents dist/*.whl
 
 # docs/_build/html: the documentation, warnings being errors; then its links, and that it loads nothing from elsewhere.
+# All pages are written every time: Sphinx forgets what {index} says of a page that it does not write.
 docs: $(VENV)/documents
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m sphinx --write-all --fail-on-warning --keep-going --quiet --doctree-dir docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python docs/check.py docs/_build/html
 
 # The newest versions that the registry has for PYTHON, and the oldest that pyproject.toml allows.

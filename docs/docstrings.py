@@ -40,7 +40,8 @@ def with_arguments(cls: type, document: str) -> str:
     described = arguments(cls)
     if not described or "Args:\n" in document:
         return document
-    lines = [f"  {name}: {text}".replace("\n", "\n    ") for name, text in described.items()]
+    texts = {name: re.sub(r"(?<!\S)--\w[\w-]*", r"``\g<0>``", text) for name, text in described.items()}
+    lines = [f"  {name}: {text}".replace("\n", "\n    ") for name, text in texts.items()]
     before, example, after = document.partition("Example:\n")
     return f"{before.rstrip()}\n\n" + "\n".join(["Args:", *lines]) + f"\n\n{example}{after}"
 

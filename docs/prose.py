@@ -18,7 +18,13 @@ from markdown_it import MarkdownIt
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-PENDING = ("notebooks/*.ipynb",)
+PENDING = (
+    "notebooks/01*.ipynb",
+    "notebooks/04*.ipynb",
+    "notebooks/06*.ipynb",
+    "notebooks/07*.ipynb",
+    "notebooks/10*.ipynb",
+)
 """What is not checked yet."""
 PUBLIC = re.compile(r"jaxnorm/(\w+/)?[a-z]\w*\.py|jaxnorm/(linen|nnx|surgery|training)/_\w+\.py")
 LONGEST = 45

@@ -1,6 +1,7 @@
 """The documents: their code runs, what they name is there, and what is public has its place in them."""
 
 import contextlib
+import doctest
 import importlib
 import importlib.util
 import inspect
@@ -116,7 +117,7 @@ def test_everything_public_has_an_entry_and_nothing_else(name):
     assert sorted(entries) == sorted(public(importlib.import_module(name)))
 
 
-@pytest.mark.parametrize("name", sorted({*jaxnorm.training.__all__} - {"MODELS", "NORMS", "recalibrate"}))
+@pytest.mark.parametrize("name", sorted({*jaxnorm.training.__all__} - {"MODELS", "NORMS"}))
 def test_every_name_of_the_training_program_has_an_example(name):
     value = getattr(jaxnorm.training, name)
     document = inspect.getdoc(value)
@@ -124,6 +125,16 @@ def test_every_name_of_the_training_program_has_an_example(name):
     if inspect.isfunction(value):
         assert "Args:" in document
         assert "Returns:" in document
+
+
+def test_the_constants_of_the_training_program_have_an_example():
+    assert doctest.testfile(str(DOCS / "api/training/networks.md"), module_relative=False) == (0, 5)
+
+
+def test_no_description_of_an_argument_sends_readers_elsewhere():
+    """An argument is described where it is, not as that of another function."""
+    for path in sorted((ROOT / "jaxnorm").glob("[!_t]*/*.py")):
+        assert not re.findall(r"^ +[\w, ]+: as (?:in|of|for) `.*", path.read_text(), re.MULTILINE), path
 
 
 def test_arguments_are_shown_before_the_example():

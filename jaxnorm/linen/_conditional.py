@@ -57,7 +57,12 @@ class ConditionalBatchNorm(BatchNorm):
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.
           condition: array of shape ``(batch, conditions)``, from which scale and bias are computed.
-          use_running_average, mask, update_running_average, trainable, residual: as of `BatchNorm`.
+          use_running_average: normalize by the running averages, not by the statistics of the batch; must be given here
+            or as the attribute, not both.
+          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
+          update_running_average: whether the running averages move; None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -89,7 +94,9 @@ class Conditional(Example):
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.
           condition: array of shape ``(batch, conditions)``.
-          mask, trainable, residual: as of `LayerNorm`.
+          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
+          trainable: whether scale and bias receive gradients; None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.

@@ -96,7 +96,7 @@ class Layer(nn.Module):
         Args:
           x: array with the axes that the attributes name; the first is the batch for group and instance normalization.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
           residual: array of the shape of ``x``, added before the activation.
 
         Returns:
@@ -226,7 +226,7 @@ class _Averaged(nn.Module):
     """The feature axis, or several."""
     momentum: float | None = 0.99
     """The weight of the *old* running average, in [0, 1]: ``1 - alpha`` of `jaxnorm.update_running`. None for the
-    cumulative average, which begins anew where there is no ``count`` yet, as in a checkpoint of Flax's layer."""
+    cumulative average, which starts again where there is no ``count`` yet, as in a checkpoint of Flax's layer."""
 
 
 class _Reduced(nn.Module):
@@ -296,10 +296,11 @@ class BatchNorm(Layer, Replicated, Affine, _Averaged):
 
         Args:
           x: array with the features on ``axis``.
-          use_running_average: must be given here or as the attribute, not both.
+          use_running_average: normalize by the running averages, not by the statistics of the batch; must be given here
+            or as the attribute, not both.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          update_running_average: None for the attribute.
-          trainable: None for the attribute.
+          update_running_average: whether the running averages move; None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
           residual: array of the shape of ``x``, added before the activation.
 
         Returns:

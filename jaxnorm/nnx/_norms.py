@@ -154,7 +154,7 @@ class Layer(nnx.Module):
         Args:
           x: array with the axes named at construction; the first is the batch for group and instance normalization.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          trainable: None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
           residual: array of the shape of ``x``, added before the activation.
 
         Returns:
@@ -292,7 +292,7 @@ class BatchNorm(Affine, Replicated):
     """The feature axis, or several."""
     momentum: float | None = 0.99
     """The weight of the *old* running average, in [0, 1]: ``1 - alpha`` of `jaxnorm.update_running`. None for the
-    cumulative average, which begins anew where ``count`` is zero, as after loading a checkpoint of Flax's layer."""
+    cumulative average, which starts again where ``count`` is zero, as after loading a checkpoint of Flax's layer."""
     epsilon: float = 1e-5
     unbiased: bool = False
     """Average the unbiased variance, as PyTorch does."""
@@ -325,10 +325,11 @@ class BatchNorm(Affine, Replicated):
 
         Args:
           x: array with the features on ``axis``.
-          use_running_average: None for the attribute; must be given here or there.
+          use_running_average: normalize by the running averages, not by the statistics of the batch; None for the
+            attribute. Must be given here or there.
           mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
-          update_running_average: None for the attribute.
-          trainable: None for the attribute.
+          update_running_average: whether the running averages move; None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
           residual: array of the shape of ``x``, added before the activation.
 
         Returns:
@@ -525,7 +526,9 @@ class RMSNorm(Replicated):
 
         Args:
           x: array with the axes named at construction.
-          mask, trainable, residual: as of `LayerNorm`.
+          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
+          trainable: whether scale and bias receive gradients; None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.

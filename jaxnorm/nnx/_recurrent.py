@@ -55,7 +55,10 @@ class BatchNormLSTMCell(nnx.Module):
       in_features: the size of the input.
       features: the size of the state.
       steps: how many steps there are.
-      use_running_average, momentum, axis_name, axis_index_groups: of the norms, as of `BatchNorm`.
+      use_running_average: normalize by the running averages, not by the statistics of the batch. Default: False.
+      momentum: the weight of the *old* running average; None for the cumulative average. Default: 0.99.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together.
+      axis_index_groups: lists of replicas that together hold each once; each list is normalized separately.
       rngs: keys for the initializers.
 
     Example:

@@ -133,7 +133,12 @@ class SplitBatchNorm(BatchNorm):
         Args:
           x: array of shape ``(batch, ...)`` with the features on ``axis``.
           domain: integers of shape ``(batch,)``, from zero to ``num_domains - 1``; None for those from ``nnx.view``.
-          use_running_average, mask, update_running_average, trainable, residual: as of `BatchNorm`.
+          use_running_average: normalize by the running averages, not by the statistics of the batch; None for the
+            attribute. Must be given here or there.
+          mask: broadcasts against ``x``; boolean, or non-negative weights. Says which values are measured.
+          update_running_average: whether the running averages move; None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -274,7 +279,11 @@ class SequenceBatchNorm(BatchNorm):
         Args:
           x: array of shape ``(batch, time, *features)``.
           lengths: integers of shape ``(batch,)``: how many steps of each sequence count; None for all.
-          use_running_average, update_running_average, trainable, residual: as of `BatchNorm`.
+          use_running_average: normalize by the running averages, not by the statistics of the batch; None for the
+            attribute. Must be given here or there.
+          update_running_average: whether the running averages move; None for the attribute.
+          trainable: whether scale and bias receive gradients; None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.
@@ -429,8 +438,10 @@ class GraphNorm(Example):
           x: array of shape ``(nodes, *features)``.
           graph: integers of shape ``(nodes,)``, from zero to ``num_graphs - 1``.
           num_graphs: None for the attribute.
-          mask: as in `jaxnorm.standardize`; of shape ``(nodes, 1)``, say, false for the nodes of the padding.
-          trainable, residual: as of `LayerNorm`.
+          mask: broadcasts against ``x``, of shape ``(nodes, 1)``, say; boolean, or non-negative weights. False for the
+            nodes of the padding, which are normalized, but not measured.
+          trainable: whether scale and bias receive gradients; None for the attribute.
+          residual: array of the shape of ``x``, added before the activation.
 
         Returns:
           An array of the shape of ``x``.

@@ -424,7 +424,8 @@ def convert_norms(
         the same paths but for "." and "/".
       kinds: by path there, "layer", "group", "instance" or "rms" for norms that are not batch norms. Only needed where
         settings matter: it decides the default epsilon.
-      **settings: of the norms there, as for `convert`.
+      **settings: of the norms there, under PyTorch's names: ``momentum`` and ``eps``; others become those of the
+        norms here unchanged. Those not given are PyTorch's defaults.
 
     Returns:
       `ConvertedNorms`; ``print`` shows which norm went where.

@@ -175,7 +175,8 @@ def unfreeze(model: nnx.Module, where: Where = None) -> list[str]:
 
     Args:
       model: the module.
-      where: as for `freeze`.
+      where: a regular expression that matches the whole path of a norm, as in "blocks/[01]/.*"; a kind of norm, or
+        several, as ``nnx.BatchNorm``; a function of the path; or None for all.
 
     Returns:
       The paths of the norms chosen.
@@ -230,7 +231,8 @@ def frozen_mask(model: Any, *args: Any, where: Where = None, **kwargs: Any) -> A
     Args:
       model: an NNX module, or a Linen one.
       *args: for a Linen module, those of ``model.apply``: the variables and the inputs; arrays or shapes.
-      where: as for `frozen`.
+      where: a regular expression that matches the whole path of a norm, as in "Block_[01]/.*"; a kind of norm, or
+        several, as ``nn.BatchNorm``; a function of the path; or None for all.
       **kwargs: for a Linen module, those of ``model.apply``.
 
     Returns:

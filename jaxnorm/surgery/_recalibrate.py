@@ -118,14 +118,16 @@ def adapt(
     .. math:: \mu = \frac{N \mu_s + n \mu_t}{N + n} \qquad \sigma^2 = \frac{N \sigma^2_s + n \sigma^2_t}{N + n}
 
     Args:
-      model: as for `recalibrate`.
-      variables: as for `recalibrate`.
+      model: a Linen or an NNX module, of Flax's norms or jaxnorm's. Nothing is changed in place.
+      variables: of the Linen module; None for an NNX module, whose own are used.
       data: batches of inputs from where the model is to work.
       source_weight: N, in examples: zero to forget the training data.
-      inputs: as for `recalibrate`.
-      where: as for `recalibrate`.
-      mesh: as for `recalibrate`.
-      **kwargs: as for `recalibrate`.
+      inputs: a function of a batch, which says what the model is called with: an array, a tuple of arguments, or a pair
+        of such a tuple and a dictionary of keyword arguments.
+      where: which norms: a regular expression that matches the whole path, as in "Block_[01]/.*"; a kind of norm, or
+        several; a function of the path; None for all but those that `freeze` froze. Others use their averages.
+      mesh: to shard batches over, along all of its axes; one whose size does not divide is computed on every device.
+      **kwargs: for each call of the model, as ``train=False``.
 
     Returns:
       As `recalibrate`.

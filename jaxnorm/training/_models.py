@@ -12,6 +12,7 @@ from jaxnorm import linen
 from jaxnorm._axes import AxisNames
 
 NORMS = ("batch", "layer", "instance", "group", "rms", "none")
+"""The names that ``make_model(norm=...)`` and ``--norm`` take."""
 PLACES = ("before", "after")
 ACTIVATIONS = {"relu": nn.relu, "leaky_relu": nn.leaky_relu, "silu": nn.silu, "gelu": nn.gelu}
 
@@ -199,6 +200,7 @@ MODELS = {
     "resnet18": ResNet,
     "resnet50": lambda **settings: ResNet(depths=(3, 4, 6, 3), bottleneck=True, **settings),
 }
+"""What builds each network, by the name that `make_model` and ``--model`` take: called with its attributes."""
 
 
 def make_model(name: str, **settings: Any) -> nn.Module:

@@ -400,6 +400,24 @@ def recalibrate(
     Raises:
       ValueError: no batches, no finite example, or parameters by which statistics are not finite.
 
+    Example:
+      The averages become the statistics of the data, here of one batch:
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxnorm import training
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, optimizer = training.MLP(widths=(4,)), training.make_optimizer("sgd", 0.1)
+      >>> state = training.init_state(model, optimizer, (2, 2, 1), mesh=mesh)
+      >>> (batch,) = training.batches(training.synthetic(8, (2, 2, 1)), 8)
+      >>> batch = training.shard_batch(batch, mesh)
+      >>> measure_step = training.make_measure_step(model, mesh)
+      >>> after = training.recalibrate(measure_step, state, [batch]).batch_stats["Norm_0"]["BatchNorm_0"]
+      >>> measured = measure_step(state, batch)[1]["Norm_0"]["BatchNorm_0"]
+      >>> state.batch_stats["Norm_0"]["BatchNorm_0"]["mean"].tolist()
+      [0.0, 0.0, 0.0, 0.0]
+      >>> bool(jnp.allclose(after["mean"], measured.mean)), bool(jnp.allclose(after["var"], measured.var))
+      (True, True)
+
     References:
       Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3.
     """

@@ -27,7 +27,15 @@ def add_layer_norm(
     Args:
       x: real or complex floating point array: the output of a block.
       residual: r, array of that shape: the stream, perhaps in a wider dtype.
-      scale, bias, axis, epsilon, mask, activation: as in `layer_norm`.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      bias: beta, in the shape of ``scale``; None for zero.
+      axis: the feature axis, or several. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-6.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
 
     Returns:
       ``(h, y)``: the stream in the wider of both dtypes, and the input of the next block in the dtype of ``x``. The sum
@@ -68,7 +76,14 @@ def add_rms_norm(
     Args:
       x: real or complex floating point array: the output of a block.
       residual: r, array of that shape: the stream, perhaps in a wider dtype.
-      scale, axis, epsilon, mask, activation: as in `rms_norm`.
+      scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)`` for one per example;
+        None for one.
+      axis: the feature axis, or several. Default: the last.
+      epsilon: added to the mean square, in the squared unit of ``x``. Default: 1e-6.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
 
     Returns:
       ``(h, y)``: the stream in the wider of both dtypes, and the input of the next block in the dtype of ``x``.

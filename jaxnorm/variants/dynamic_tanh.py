@@ -20,7 +20,7 @@ def dynamic_tanh(
       alpha: one learned number, initialized to 0.5.
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
       bias: beta, in the same shape; None for zero.
-      axis: the feature axis, or several.
+      axis: the feature axis, or several. Default: the last.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.

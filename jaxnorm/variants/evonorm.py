@@ -39,9 +39,14 @@ def evonorm_b0(
       bias: beta, in the same shape; None for zero.
       v: one number per feature, in the same shape; initialize it to one.
       running: `RunningStats` in place of the statistics of the batch, at inference; None in training.
-      axis: the feature axis, or several, not the first.
-      epsilon: added to the variances, in the squared unit of ``x``.
-      mask, axis_name, axis_index_groups: as in `standardize`.
+      axis: the feature axis, or several, not the first. Default: the last.
+      epsilon: added to the variances, in the squared unit of ``x``. Default: 1e-5.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together. Leave
+        it out under ``jit``.
+      axis_index_groups: lists of replicas that together hold each once; each list is normalized separately.
 
     Returns:
       ``(y, batch)``: ``y`` in the shape and dtype of ``x``, and the `Moments` of the batch for `update_running`.
@@ -103,9 +108,11 @@ def evonorm_s0(
       bias: beta, in the same shape; None for zero.
       v: one number per channel, in the same shape; initialize it to one.
       num_groups: how many groups; divides the number of channels.
-      axis: the channel axis, not the first.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      mask: as in `standardize`.
+      axis: the channel axis, not the first. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-5.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.

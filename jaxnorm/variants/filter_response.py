@@ -33,9 +33,11 @@ def filter_response_norm(
       scale: gamma, in the shape of the feature axes in the order given, or ``(batch, *features)``; None for one.
       bias: beta, in the same shape; None for zero.
       threshold: tau, in the same shape; None for no threshold.
-      axis: the feature axis, or several, not the first.
-      epsilon: added to the mean square, in the squared unit of ``x``.
-      mask: as in `standardize`.
+      axis: the feature axis, or several, not the first. Default: the last.
+      epsilon: added to the mean square, in the squared unit of ``x``. Default: 1e-6.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.

@@ -43,11 +43,14 @@ def graph_norm(
       bias: beta, in the same shape; None for zero.
       mean_scale: alpha, in the same shape; None for one.
       num_graphs: how many graphs there are, those of the padding included.
-      axis: the feature axis, or several, not the first.
-      epsilon: added to the mean square, in the squared unit of ``x``.
+      axis: the feature axis, or several, not the first. Default: the last.
+      epsilon: added to the mean square, in the squared unit of ``x``. Default: 1e-5.
       mask: broadcasts against ``x``, of shape ``(nodes, 1)``, say; false for the nodes of the padding, which are
         normalized, but not measured.
-      activation, residual, invertible: as in `standardize`.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``y`` in the shape and dtype of ``x``.

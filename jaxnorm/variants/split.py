@@ -42,9 +42,18 @@ def split_batch_norm(
       scale: gamma, in the shape of the feature axes in the order given, or ``(num_domains, *features)``; None for one.
       bias: beta, in the same shape; None for zero.
       num_domains: how many domains there are.
-      axis: the feature axis, or several, not the first.
-      epsilon: added to the variance, in the squared unit of ``x``.
-      mask, axis_name, axis_index_groups, activation, residual, invertible: as in `standardize`.
+      axis: the feature axis, or several, not the first. Default: the last.
+      epsilon: added to the variance, in the squared unit of ``x``. Default: 1e-5.
+      mask: broadcasts against ``x``. True, or a non-negative weight, where a value enters the statistics; every value
+        is normalized. What is masked out may be NaN. If nothing is left, the normalized value is zero. Default: None,
+        every value is measured.
+      axis_name: mapped axis or axes (``shard_map``, ``vmap``, ``pmap``) whose replicas are normalized together. Leave
+        it out under ``jit``.
+      axis_index_groups: lists of replicas that together hold each once; each list is normalized separately.
+      activation: applied last: None, a function, or its name in ``jax.nn``. A function may close over arrays.
+      residual: array of the shape of ``x``, added before the activation.
+      invertible: keep the output for the backward pass, and recover the input from it. Needs a scale that is not zero,
+        and an activation that can be undone: None, softplus, leaky_relu or an `InvertibleActivation`. Default: False.
 
     Returns:
       ``(y, batch)``: ``y`` in the shape and dtype of ``x``; and the `Moments` of each domain, ``(num_domains,

@@ -29,8 +29,8 @@ def standardize_weights(
     Args:
       w: real or complex floating point array: the kernel of a layer.
       gain: g, in the shape of the output axes in the order given; None for one.
-      axis: the output axis of the kernel, or several; the last in Flax.
-      epsilon: added to the variance, in the squared unit of ``w``.
+      axis: the output axis of the kernel, or several. Default: the last, as in Flax.
+      epsilon: added to the variance, in the squared unit of ``w``. Default: 1e-5.
 
     Returns:
       The weights to use, in the shape and dtype of ``w``.
@@ -67,8 +67,9 @@ def weight_norm(
     Args:
       w: real or complex floating point array: the kernel of a layer.
       gain: g, in the shape of the output axes in the order given; None for one.
-      axis: the output axis of the kernel, or several; the last in Flax; ``()`` for one length of the whole kernel.
-      epsilon: added to the squared length, in the squared unit of ``w``.
+      axis: the output axis of the kernel, or several; ``()`` for one length of the whole kernel. Default: the last, as
+        in Flax.
+      epsilon: added to the squared length, in the squared unit of ``w``. Default: 1e-12.
 
     Returns:
       The weights to use, in the shape and dtype of ``w``.
@@ -110,9 +111,9 @@ def spectral_norm(
     Args:
       w: real floating point array: the kernel of a layer.
       u: one number per output, of any shape: the state of the iteration, initialized at random.
-      axis: the output axis of the kernel, or several; the last in Flax.
-      steps: how many iterations, at least one.
-      epsilon: added to squared lengths.
+      axis: the output axis of the kernel, or several. Default: the last, as in Flax.
+      steps: how many iterations, at least one. Default: 1.
+      epsilon: added to squared lengths. Default: 1e-12.
 
     Returns:
       ``(w, u)``: the weights to use, in the shape and dtype of ``w``; and the new state, in the shape of ``u``. Keep it
