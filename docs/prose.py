@@ -1,7 +1,7 @@
 """Find the words that the documentation does without, and sentences that nobody can read aloud.
 
-python docs/prose.py            # README, pages, notebooks and docstrings, but those in PENDING
-python docs/prose.py FILES      # these, pending or not
+python docs/prose.py            # README, pages, notebooks and docstrings
+python docs/prose.py FILES      # these
 
 `prose.txt` has the words, each with what to write instead.
 """
@@ -11,21 +11,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-PENDING = (
-    "notebooks/01*.ipynb",
-    "notebooks/04*.ipynb",
-    "notebooks/06*.ipynb",
-    "notebooks/07*.ipynb",
-    "notebooks/10*.ipynb",
-)
-"""What is not checked yet."""
 PUBLIC = re.compile(r"jaxnorm/(\w+/)?[a-z]\w*\.py|jaxnorm/(linen|nnx|surgery|training)/_\w+\.py")
 LONGEST = 45
 """Words of a sentence."""
@@ -83,14 +74,14 @@ def found(path: Path) -> Iterator[str]:
 
 
 def chosen() -> Iterator[Path]:
-    """All files but those in `PENDING`."""
+    """All files."""
     pages = [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
     for path in sorted([*pages, *(ROOT / "jaxnorm").rglob("*.py")]):
         name = path.relative_to(ROOT).as_posix()
         made = name.startswith(("docs/_build/", "docs/notebooks/")) or name == "docs/changelog.md"
         if path.suffix == ".py" and not PUBLIC.fullmatch(name):
             continue
-        if not made and not any(fnmatch(name, pattern) for pattern in PENDING):
+        if not made:
             yield path
 
 
