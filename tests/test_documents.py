@@ -67,7 +67,7 @@ def as_read(text, tab):
     ids=lambda reading: "-".join(filter(None, (str(reading[0].relative_to(ROOT)), reading[1]))),
 )
 def test_code_runs(reading, tmp_path):
-    """What a reader sees, alone and in order, in one namespace; the pages in `PENDING` hide some of theirs."""
+    """What a reader sees, alone and in order, in one namespace."""
     path, tab = reading
     page = tmp_path / path.name
     page.write_text(as_read(path.read_text(), tab))
@@ -78,11 +78,10 @@ def test_code_runs(reading, tmp_path):
 
 
 def test_no_page_hides_code(tmp_path):
-    assert list(check.hidden(DOCS, check.PENDING)) == []
+    assert list(check.hidden(DOCS)) == []
     assert not check.HIDDEN.search((ROOT / "README.md").read_text())
     (tmp_path / "page.md").write_text("<!--- invisible-code-block: python\nx = 1\n--->")
     assert list(check.hidden(tmp_path)) == ["page.md: code that readers do not see"]
-    assert list(check.hidden(tmp_path, ["page.md"])) == []
 
 
 def test_a_reader_sees_one_tab():
@@ -462,9 +461,8 @@ MESSAGE = re.compile(
 def quoted():
     """Each message that a page quotes, with the page."""
     for path in PAGES:
-        if str(path.relative_to(DOCS)) not in check.PENDING:
-            for message in MESSAGE.findall(" ".join(path.read_text().split())):
-                yield message.removeprefix("UserWarning: "), path
+        for message in MESSAGE.findall(" ".join(path.read_text().split())):
+            yield message.removeprefix("UserWarning: "), path
 
 
 def test_messages_that_pages_quote_are_given():
