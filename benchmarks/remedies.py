@@ -138,7 +138,8 @@ def convolve(x, w, stride):
     """A convolution of 3 x 3, as a product: networks with other weights side by side are then one batched product."""
     _, height, width, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return jnp.concatenate([x[:, i:i + height:stride, j:j + width:stride] for i in range(3) for j in range(3)], -1) @ w  # fmt: skip
+    parts = [x[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+    return jnp.concatenate(parts, -1) @ w
 
 
 def apply(norm, parameters, x, apply_norm):
@@ -154,7 +155,7 @@ def apply(norm, parameters, x, apply_norm):
 
 
 def train(norm, seed, rate, draw, shape):
-    """Parameters and running averages after ``STEPS`` batches of ``draw(key)``; ``shape`` leads that of the averages."""
+    """Parameters and running averages after ``STEPS`` batches of ``draw(key)``; averages of ``(*shape, WIDTH)``."""
     start, key = jax.random.split(jax.random.key(seed))
     optimizer = optax.sgd(optax.cosine_decay_schedule(rate, STEPS), momentum=0.9)
 
@@ -191,7 +192,7 @@ def tested(norm, parameters, running, part):
 
 
 def measure(norm, draw, shape=(), test=tested):
-    """The best rate, and for each seed what ``test`` finds in the network: accuracies by name, of which the mean counts."""
+    """The best rate, by the mean of what ``test`` gives, and the accuracies that it gives for each seed, by name."""
 
     @partial(jax.jit, static_argnames="part")
     @partial(jax.vmap, in_axes=(0, 0, None))
@@ -201,7 +202,8 @@ def measure(norm, draw, shape=(), test=tested):
     tuned = run(jnp.tile(TUNING, len(RATES)), np.repeat(RATES, len(TUNING)), "validation")
     best = RATES[np.mean(list(tuned.values()), 0).reshape(len(RATES), -1).mean(1).argmax()]
     found = run(SEEDS, np.full(len(SEEDS), best), "test")
-    return {name: {"rate": float(best), "accuracy": np.asarray(v).round(4).tolist()} for name, v in found.items()}
+    accuracies = {name: np.asarray(v, float).round(4).tolist() for name, v in found.items()}
+    return {name: {"rate": float(f"{best:.1g}"), "accuracy": values} for name, values in accuracies.items()}
 
 
 def drawn(key, size=BATCH):
@@ -323,8 +325,8 @@ def markdown(title, rows):
     for name, row in rows.items():
         values = 100 * np.asarray(row["accuracy"])
         half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-        edge = " (the last of the grid)" if row["rate"] in RATES[[0, -1]] else ""
-        lines.append(f"| {name} | {row['rate']:.1g}{edge} | {values.mean():.1f} ± {half:.1f} |")
+        edge = " (the last of the grid)" if np.isclose(row["rate"], RATES[[0, -1]]).any() else ""
+        lines.append(f"| {name} | {row['rate']:g}{edge} | {values.mean():.1f} ± {half:.1f} |")
     return "\n".join([*lines, ""])
 
 

@@ -401,6 +401,14 @@ def test_lines_of_pages_fit():
 
 
 @pytest.mark.slow
+def test_accuracies_of_the_choice_are_those_measured():
+    """Each percentage of the page is in the tables that its benchmark wrote."""
+    measured = set(re.findall(r"([\d.]+) ±", (RESULTS / "remedies.md").read_text()))
+    said = set(re.findall(r"(\d+\.\d)%", (DOCS / "choosing.md").read_text()))
+    assert len(said) > 20
+    assert said <= measured
+
+
 def test_figures_are_drawn_from_the_results(tmp_path):
     figures.draw(tmp_path)
     stored = {path.name: path.read_bytes() for path in (DOCS / "figures").iterdir()}
