@@ -36,14 +36,14 @@ def arguments(cls: type) -> dict[str, str]:
 
 
 def with_arguments(cls: type, document: str) -> str:
-    """The docstring of a layer, with all its arguments before the example."""
+    """The docstring of a layer, with all its arguments before what it raises and the example."""
     described = arguments(cls)
     if not described or "Args:\n" in document:
         return document
     texts = {name: re.sub(r"(?<!\S)--\w[\w-]*", r"``\g<0>``", text) for name, text in described.items()}
     lines = [f"  {name}: {text}".replace("\n", "\n    ") for name, text in texts.items()]
-    before, example, after = document.partition("Example:\n")
-    return f"{before.rstrip()}\n\n" + "\n".join(["Args:", *lines]) + f"\n\n{example}{after}"
+    before, *after = re.split(r"^(?=Raises:|Example:)", document, maxsplit=1, flags=re.MULTILINE)
+    return f"{before.rstrip()}\n\n" + "\n".join(["Args:", *lines]) + f"\n\n{''.join(after)}"
 
 
 def shortened(signature: str) -> str:
