@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 COLORS = {"holds": "success", "holds under conditions": "warning", "contradicted": "danger", "not shown": "secondary"}
 """How a verdict is shown."""
+SIDES = {"for": "success", "against": "danger", "undecided": "secondary"}
+"""How an effect is shown."""
+EFFECT = re.compile(r".*: ([+-][\d.]+)(?: \[([+-][\d.]+), ([+-][\d.]+)\])? ?(.*?)(?: \(the same in all\))?$")
+"""What `tools.figures` writes: mean, ends of the interval, unit."""
 
 
 class Verdict(NamedTuple):
@@ -40,6 +44,19 @@ def decided(notebook: Mapping[str, Any]) -> Iterator[Verdict]:
                     yield Verdict(claim, *rest)
 
 
+def side(effect: str, smallest: str) -> str:
+    """Whether an effect counts for a claim, against it, or not; ``smallest`` lists what was looked for, by unit."""
+    found = EFFECT.fullmatch(effect)
+    if not found:
+        raise ValueError(f"not an effect: {effect!r}")
+    mean, low, high, unit = found.groups()
+    sizes = [size.partition(" ") for size in smallest.split(", ")]
+    size = next(float(number) for number, _, of in sizes if of == unit)
+    if (low or mean).startswith("+") and float(mean) >= size:
+        return "for"
+    return "against" if (high or mean).startswith("-") and float(mean) <= -size else "undecided"
+
+
 def verdicts(root: Path) -> tuple[str, list[Path]]:
     """Every claim in order: in one table, then with the effects that each notebook measured."""
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
@@ -53,7 +70,10 @@ def verdicts(root: Path) -> tuple[str, list[Path]]:
         for link, v in rows:
             many = "1 comparison" if v.comparisons == "1" else f"{v.comparisons} comparisons"
             lines += [f"{badge(v.verdict)} in notebook {link}: {many}, looked for {v.smallest}", ""]
-            lines += [*(f"- {effect}" for effect in v.effects.split("; ")), ""]
+            for effect in v.effects.split("; "):
+                sided = side(effect, v.smallest)
+                lines.append(f"- {{bdg-{SIDES[sided]}}}`{sided}` {effect}")
+            lines.append("")
         if not rows:
             lines += ["No verdict.", ""]
     return "\n".join([*overview, "", *lines]), [root / "notebooks" / "tools.py", *notebooks]

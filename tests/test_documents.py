@@ -401,6 +401,18 @@ def test_lines_of_pages_fit():
 
 
 @pytest.mark.slow
+def test_sides_of_effects_are_those_of_the_verdicts():
+    """The page marks each effect; the marks imply the verdict that the notebook computed."""
+    rows = 0
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for verdict in tables.decided(json.loads(path.read_text())):
+            sides = {tables.side(effect, verdict.smallest) for effect in verdict.effects.split("; ")}
+            implied = "holds" if sides == {"for"} else "holds under conditions" if "for" in sides else "not shown"
+            assert verdict.verdict == ("contradicted" if sides == {"against"} else implied), verdict
+            rows += 1
+    assert rows > 20
+
+
 def test_accuracies_of_the_choice_are_those_measured():
     """Each percentage of the page is in the tables that its benchmark wrote."""
     measured = set(re.findall(r"([\d.]+) ±", (RESULTS / "remedies.md").read_text()))
