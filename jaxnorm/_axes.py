@@ -159,7 +159,10 @@ def check_mask(function: str, mask: Any, x: jax.Array) -> jax.Array | None:
         fail(function, "mask must be boolean or real weights", {"dtype": str(mask.dtype)}, TypeError)
     aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
     if len(aligned) != x.ndim or any(m not in (1, n) for m, n in zip(aligned, x.shape, strict=True)):
-        rule = "mask must broadcast against x (one value per example: of shape (batch, 1, ...))"
+        rule = "mask must broadcast against x"
+        if mask.shape == x.shape[: mask.ndim]:
+            shape = mask.shape + (1,) * (x.ndim - mask.ndim)
+            rule = f"mask must have as many axes as x: reshape it to {shape}"
         fail(function, rule, {"mask_shape": mask.shape, "x_shape": x.shape})
     if mask.ndim < x.ndim and mask.shape == x.shape[: mask.ndim] and mask.size > 1:
         rule = "mask must have as many axes as x where its shape fits both the first and the last of them"

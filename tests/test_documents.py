@@ -84,6 +84,12 @@ def test_no_page_hides_code(tmp_path):
     assert list(check.hidden(tmp_path)) == ["page.md: code that readers do not see"]
 
 
+@each_document
+def test_no_page_needs_several_devices(path):
+    """Most readers have one; these tests have eight."""
+    assert not re.search(r"make_mesh\(\(\d|jax\.devices\(\)\[", path.read_text())
+
+
 def test_a_reader_sees_one_tab():
     text = "a\n::::{tab-item} One\n:::{x}\n:::\n::::\nb\n::::{tab-item} Two\n2\n::::\nc"
     assert as_read(text, "Two") == "a\n\n\n\n\nb\n::::{tab-item} Two\n2\n::::\nc"
@@ -459,6 +465,7 @@ QUOTED = {
     "axis name": lambda: jaxnorm.batch_norm(IMAGES, axis_name="data"),
     "groups of replicas": lambda: jax.vmap(in_two, axis_name="r")(IMAGES.reshape(4, 2, 6, 6, 16)),
     "mask": lambda: jaxnorm.batch_norm(IMAGES, mask=jnp.ones(8, bool)),
+    "mask of steps": lambda: jaxnorm.batch_norm(jnp.zeros((3, 5, 8)), mask=jnp.ones((3, 5), bool)),
     "mask of what": lambda: jaxnorm.batch_norm(IMAGES[..., :8], mask=jnp.ones(8, bool)),
     "integers": lambda: jaxnorm.batch_norm(jnp.ones((2, 2), int)),
     "invertible": lambda: jaxnorm.batch_norm(IMAGES, activation="relu", invertible=True),

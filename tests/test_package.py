@@ -119,7 +119,7 @@ def figures():
         ("flax use_fast_variance=False", "{} in Flax with `use_fast_variance=False`"),
         ("torch", "{} in PyTorch"),
         ("flax", "and {} in Flax by default"),
-        ("jaxnorm, at inference", "here as in Flax: {}"),
+        ("jaxnorm, at inference", "At inference jaxnorm's error is {}"),
     ):
         yield words.format(f"{errors[name]:.1e}")
 
