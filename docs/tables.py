@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-COLORS = {"holds": "success", "holds under conditions": "warning", "contradicted": "danger", "not shown": "secondary"}
+COLORS = {"holds": "success", "holds under conditions": "warning", "contradicted": "danger", "not shown": "muted"}
 """How a verdict is shown."""
-SIDES = {"for": "success", "against": "danger", "undecided": "secondary"}
+SIDES = {"for": "success", "against": "danger", "undecided": "muted"}
 """How an effect is shown."""
 EFFECT = re.compile(r".*: ([+-][\d.]+)(?: \[([+-][\d.]+), ([+-][\d.]+)\])? ?(.*?)(?: \(the same in all\))?$")
 """What `tools.figures` writes: mean, ends of the interval, unit."""
