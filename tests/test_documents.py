@@ -419,6 +419,18 @@ def test_sides_of_effects_are_those_of_the_verdicts():
     assert rows > 20
 
 
+def test_verdicts_are_the_same_with_other_seeds():
+    """Of every claim of every notebook, in the table that `benchmarks/verdicts_again.py` printed."""
+    lines = (RESULTS / "verdicts-again.md").read_text().splitlines()[2:]
+    again = {(path, claim): (old, new) for path, claim, old, new, _ in (li.strip("| ").split(" | ", 4) for li in lines)}
+    stored = {
+        (path.stem, v.claim): (v.verdict, v.verdict)
+        for path in NOTEBOOKS.glob("*.ipynb")
+        for v in tables.decided(json.loads(path.read_text()))
+    }
+    assert again == stored
+
+
 def test_accuracies_of_the_choice_are_those_measured():
     """Each percentage of the page is in the tables that its benchmark wrote."""
     measured = set(re.findall(r"([\d.]+) ±", (RESULTS / "remedies.md").read_text()))
