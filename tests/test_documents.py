@@ -188,7 +188,7 @@ def test_verdicts_are_read_from_what_notebooks_show(tmp_path):
     header = (
         "| claim |  | effect [interval] | comparisons | looked for | verdict |\n| --- | --- | --- | --- | --- | --- |"
     )
-    rows = "| a | it hurts | x: -2 [-3, -1]; y: -1 [-2, +0] | 2 | 1 points | not shown |\n"
+    rows = "| a | it hurts | x: -2 [-3, -1] points; y: -1 [-2, +0] points | 2 | 1 points | not shown |\n"
     rows += "| b | it helps | x: +0.9 [+0.8, +1.0] | 1 | 0.5 | holds |"
     shown = {"data": {"text/markdown": f"{header}\n{rows}"}}
     cells = [{"source": "# What helps"}, {"source": "x", "outputs": [{"text": "| claim"}, shown]}]
@@ -200,11 +200,9 @@ def test_verdicts_are_read_from_what_notebooks_show(tmp_path):
     assert "| [it helps](#claim-b) | {bdg-success}`holds` | [02](notebooks/02_what.ipynb) |" in overview
     assert "## It helps" in helps
     assert "{bdg-success}`holds` in notebook [02](notebooks/02_what.ipynb): 1 comparison, looked for 0.5" in helps
-    assert "- x: +0.9 [+0.8, +1.0]\n" in helps
-    assert (
-        "{bdg-secondary}`not shown` in notebook [02](notebooks/02_what.ipynb): 2 comparisons, looked for 1 po" in hurts
-    )
-    assert "- x: -2 [-3, -1]\n- y: -1 [-2, +0]\n" in hurts
+    assert "- {bdg-success}`for` x: +0.9 [+0.8, +1.0]\n" in helps
+    assert "{bdg-muted}`not shown` in notebook [02](notebooks/02_what.ipynb): 2 comparisons, looked for 1 po" in hurts
+    assert "- {bdg-danger}`against` x: -2 [-3, -1] points\n- {bdg-muted}`undecided` y: -1 [-2, +0] points\n" in hurts
     assert "No verdict" in costs
 
 
