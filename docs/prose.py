@@ -74,7 +74,7 @@ def found(path: Path) -> Iterator[str]:
 
 
 def chosen() -> Iterator[Path]:
-    """All files."""
+    """README, pages, notebooks and the modules with public docstrings."""
     pages = [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
     for path in sorted([*pages, *(ROOT / "jaxnorm").rglob("*.py")]):
         name = path.relative_to(ROOT).as_posix()

@@ -404,7 +404,6 @@ def test_lines_of_pages_fit():
             assert [line for line in lines if len(line) > 120 and "](http" not in line] == [], path.name
 
 
-@pytest.mark.slow
 def test_sides_of_effects_are_those_of_the_verdicts():
     """The page marks each effect; the marks imply the verdict that the notebook computed."""
     rows = 0
@@ -437,6 +436,7 @@ def test_accuracies_of_the_choice_are_those_measured():
     assert said <= measured
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_results(tmp_path):
     figures.draw(tmp_path)
     stored = {path.name: path.read_bytes() for path in (DOCS / "figures").iterdir()}
